@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which tile of queries a block works on: from a linear index to (sequence, head, tile), longest tiles first.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/portable.h"
+#include "core/forward_params.h"
+
+namespace flashcore {
+namespace {
+
+// The rows of one array that belong to one sequence.
+struct Span {
+  int begin, length;
+};
+
+// Sequence `b` of an array of `total` rows. Whatever cu_seqlens holds, the span lies inside the array.
+FLASHCORE_HD Span sequence_span(const int32_t* cu_seqlens, int b, int total) {
+  int const begin = clamp_to(cu_seqlens[b], 0, total);
+  return {begin, clamp_to(cu_seqlens[b + 1], begin, total) - begin};
+}
+
+// One tile's work. The sequence's rows start at q_begin and k_begin of their arrays (variable-length; else 0).
+struct Work {
+  int sequence, head, tile;
+  int q_begin, seqlen_q;
+  int k_begin, seqlen_k;
+};
+
+// Fixed-length: the (sequence, head) pairs are cut into sections whose keys and values fit in the L2 cache together. Within
+// a section the last tile of every pair comes first, so that under a causal mask long tiles start early and the short ones
+// fill the end. `heads_per_section` = 1 runs the tiles of a pair one after the other.
+//
+// Variable-length: the number of tiles of each sequence is not known on the host. Sequence b starts at slot
+// cu_seqlens_q[b] / tile_q + b, which leaves each sequence at least the slots it needs; some stay empty. The rows behind the
+// last sequence count as one more sequence, without keys, so that they are written (zeros) like the rest.
+struct TileScheduler {
+  int tile_q, heads_per_section;
+
+  static FLASHCORE_HD int64_t blocks(const ForwardParams& p, int tile_q) {
+    if (p.seqlen_q == 0) return 0;
+    int64_t const slots = p.cu_seqlens_q ? int64_t{p.seqlen_q} / tile_q + p.batch + 1
+                                         : int64_t{ceil_div(p.seqlen_q, tile_q)} * p.batch;
+    return slots * p.heads_q;
+  }
+
+  // False where the index has no work.
+  FLASHCORE_HD bool work(const ForwardParams& p, uint32_t index, Work& w) const {
+    return p.cu_seqlens_q ? varlen_work(p, index, w) : fixed_work(p, index, w);
+  }
+
+ private:
+  FLASHCORE_HD bool fixed_work(const ForwardParams& p, uint32_t index, Work& w) const {
+    uint32_t const tiles = ceil_div(p.seqlen_q, tile_q);
+    uint32_t const pairs = uint32_t(p.batch) * p.heads_q;
+    uint32_t const section = index / (tiles * heads_per_section);
+    uint32_t const rest = index - section * (tiles * heads_per_section);
+    uint32_t const first_pair = section * heads_per_section;
+    uint32_t const width = pairs - first_pair < uint32_t(heads_per_section) ? pairs - first_pair : heads_per_section;
+    uint32_t const row = rest / width;
+    uint32_t const pair = first_pair + (rest - row * width);
+    w.tile = tiles - 1 - row;
+    w.sequence = pair / p.heads_q;
+    w.head = pair - w.sequence * p.heads_q;
+    w.q_begin = w.k_begin = 0;
+    w.seqlen_q = p.seqlen_q;
+    w.seqlen_k = p.seqlen_k;
+    return true;
+  }
+
+  FLASHCORE_HD int first_slot(const ForwardParams& p, int b) const {
+    return clamp_to(p.cu_seqlens_q[b], 0, p.seqlen_q) / tile_q + b;
+  }
+
+  FLASHCORE_HD bool varlen_work(const ForwardParams& p, uint32_t index, Work& w) const {
+    int const slot = index / p.heads_q;
+    w.head = index - slot * p.heads_q;
+    // The last sequence whose first slot is not beyond this one.
+    int low = 0, high = p.batch;
+    while (low < high) {
+      int const middle = (low + high + 1) / 2;
+      if (first_slot(p, middle) <= slot) low = middle;
+      else high = middle - 1;
+    }
+    w.sequence = low;
+    Span const q = low < p.batch ? sequence_span(p.cu_seqlens_q, low, p.seqlen_q)
+                                 : Span{clamp_to(p.cu_seqlens_q[low], 0, p.seqlen_q),
+                                        p.seqlen_q - clamp_to(p.cu_seqlens_q[low], 0, p.seqlen_q)};
+    Span k = low < p.batch ? sequence_span(p.cu_seqlens_k, low, p.seqlen_k) : Span{0, 0};
+    if (p.seqused_k && low < p.batch) k.length = clamp_to(p.seqused_k[low], 0, k.length);
+    w.q_begin = q.begin;
+    w.seqlen_q = q.length;
+    w.k_begin = k.begin;
+    w.seqlen_k = k.length;
+    w.tile = ceil_div(q.length, tile_q) - 1 - (slot - first_slot(p, low));
+    return w.tile >= 0;
+  }
+};
+
+}  // namespace
+}  // namespace flashcore

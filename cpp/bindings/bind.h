@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parts that the module _core is put together from.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace flashcore {
+
+void bind_attention(nanobind::module_& m);  // attention, attention_varlen
+void bind_combine(nanobind::module_& m);
+void bind_plan(nanobind::module_& m);  // plan, Plan
+void bind_info(nanobind::module_& m);  // info, set_num_threads, get_num_threads
+
+}  // namespace flashcore

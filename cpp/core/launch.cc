@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a Plan to a kernel: the one switch over machines.
+#include "core/forward_params.h"
+#include "cpu/cpu.h"
+#include "flashcore/flashcore.h"
+#include "sm80/sm80.h"
+
+#if FLASHCORE_HAS_CUDA
+#include "core/cuda_check.h"
+#endif
+
+namespace flashcore {
+
+void launch(const Problem& problem, const Plan& plan, void* /*workspace*/) {
+  if (plan.blocks == 0) return;  // no queries
+  ForwardParams const params = forward_params(problem);
+  DType const dtype = problem.query.dtype;
+  switch (plan.backend) {
+    case Backend::cpu:
+      cpu::forward(params, dtype, plan);
+      return;
+#if FLASHCORE_HAS_CUDA
+    case Backend::sm80: {
+      CurrentDevice const current(problem.query.device.index);
+      sm80::forward(params, dtype, plan, problem.stream);
+      return;
+    }
+#endif
+    default:
+      throw RuntimeError("this build of FlashCore has no CUDA code: install it without FLASHCORE_CUDA=OFF");
+  }
+}
+
+void launch(const CombineProblem& problem) {
+  Device const device = problem.out.device;
+  if (device.type == DeviceType::cpu) {
+    cpu::combine(problem);
+    return;
+  }
+#if FLASHCORE_HAS_CUDA
+  CurrentDevice const current(device.index);
+  sm80::combine(problem);
+#else
+  throw RuntimeError("this build of FlashCore has no CUDA code: install it without FLASHCORE_CUDA=OFF");
+#endif
+}
+
+void attention(const Problem& problem) {
+  validate(problem);
+  if (!problem.out.present()) throw ValueError("out: is missing; expected an array for the result");
+  DeviceProperties const& device = device_properties(problem.query.device);
+  if (problem.query.device.type == DeviceType::cpu || check_requested()) check_values(problem);
+  launch(problem, plan(problem, device));
+}
+
+}  // namespace flashcore

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU machine as the rest of the library sees it: tiled, threaded attention in float32, float16 and bfloat16.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/forward_params.h"
+#include "flashcore/flashcore.h"
+
+namespace flashcore::cpu {
+
+// Queries and keys of a tile. A packed tile of keys and one of values, at head dimension 128 64 KiB each in float32, stay in
+// a second-level cache of 256 KiB and more while the queries of a tile pass over them.
+constexpr int tile_q = 96;
+constexpr int tile_k = 128;
+
+// Runs a problem that has passed validate() and returns when it is done. Work is divided into tiles of plan.tile_q queries.
+// Each query's result has the same bits whatever the number of threads.
+void forward(const ForwardParams& params, DType dtype, const Plan& plan);
+
+// Merges partial results (attention/combine.h).
+void combine(const CombineProblem& problem);
+
+// The instruction sets that were compiled in, worst first: "baseline", "avx2", "avx512", "avx512bf16".
+std::vector<std::string> compiled_isas();
+
+// The best of them that this processor and its operating system support, or the one that FLASHCORE_CPU_ISA names. Throws
+// RuntimeError where that is not compiled in or not supported.
+std::string chosen_isa();
+
+// Threads that a call uses, the caller's own included: at first OMP_NUM_THREADS (the first number of a list), else the
+// processors that this process may run on.
+int num_threads();
+// Throws ValueError for a number below 1.
+void set_num_threads(int threads);
+
+}  // namespace flashcore::cpu

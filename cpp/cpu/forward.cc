@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Divides a forward problem into tiles of queries and hands them to the threads, those with the most keys first.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "attention/mask.h"
+#include "cpu/cpu.h"
+#include "cpu/environment.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
+namespace flashcore::cpu {
+namespace {
+
+// The tiles of one sequence that hold the queries [q_begin, q_begin + queries), one for each key head and each part of its group.
+struct Slice {
+  int sequence;
+  int q_begin, queries;
+  int heads;           // query heads of a task
+  int parts;           // tasks of a key head
+  int64_t cost;        // tiles of keys
+  int64_t first_task;  // tasks of the slices before
+};
+
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+
+// This thread's, made at its first task and kept: the same for every problem.
+float* scratch() {
+  thread_local std::unique_ptr<float[], AlignedDelete> memory(
+      static_cast<float*>(::operator new[](scratch_floats * sizeof(float), std::align_val_t{64})));
+  return memory.get();
+}
+
+Sequence sequence_of(const ForwardParams& p, int b) {
+  if (!p.cu_seqlens_q) return {b, 0, 0, p.seqlen_q, p.seqlen_k};
+  int const q_begin = clamp_to(p.cu_seqlens_q[b], 0, p.seqlen_q);
+  int const q_end = clamp_to(p.cu_seqlens_q[b + 1], q_begin, p.seqlen_q);
+  int const k_begin = clamp_to(p.cu_seqlens_k[b], 0, p.seqlen_k);
+  int const k_end = clamp_to(p.cu_seqlens_k[b + 1], k_begin, p.seqlen_k);
+  int const keys = k_end - k_begin;
+  return {0, q_begin, k_begin, q_end - q_begin, p.seqused_k ? clamp_to(p.seqused_k[b], 0, keys) : keys};
+}
+
+// Where a sequence has fewer queries than a tile, a tile takes in several heads of a group, which share its keys.
+std::vector<Slice> slices_of(const ForwardParams& p, int queries_of_tile) {
+  std::vector<Slice> slices;
+  for (int b = 0; b < p.batch; ++b) {
+    Sequence const s = sequence_of(p, b);
+    Mask const mask = Mask::make(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
+    for (int q = 0; q < s.seqlen_q; q += queries_of_tile) {
+      int const queries = min_of(queries_of_tile, s.seqlen_q - q);
+      int const heads = q > 0 ? 1 : clamp_to(queries_of_tile / queries, 1, p.group);
+      KeyRange const range = mask.key_range(q, q + queries, tile_k);
+      slices.push_back({b, q, queries, heads, ceil_div(p.group, heads), int64_t{range.end} - range.begin, 0});
+    }
+  }
+  std::stable_sort(slices.begin(), slices.end(), [](const Slice& a, const Slice& b) { return a.cost > b.cost; });
+  return slices;
+}
+
+// Rows of a variable-length array behind its last sequence see no key.
+void clear_rest(const ForwardParams& p, int64_t element_bytes) {
+  if (!p.cu_seqlens_q) return;
+  int const begin = clamp_to(p.cu_seqlens_q[p.batch], 0, p.seqlen_q);
+  for (int head = 0; head < p.heads_q; ++head) {
+    for (int64_t row = begin; row < p.seqlen_q; ++row) {
+      int64_t const offset = row * p.o.row_stride + head * p.o.head_stride;
+      std::memset(static_cast<char*>(p.o.data) + offset * element_bytes, 0, static_cast<size_t>(p.head_dim * element_bytes));
+      if (p.lse) p.lse[int64_t{head} * p.seqlen_q + row] = minus_infinity();
+    }
+  }
+}
+
+}  // namespace
+
+void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
+  ForwardTile const forward_tile = chosen().forward_tile;
+  Element const element = dtype == float32 ? Element::float32 : dtype == float16 ? Element::float16 : Element::bfloat16;
+  std::vector<Slice> slices = slices_of(params, clamp_to(plan.tile_q, 1, tile_q));
+  int64_t tasks = 0;
+  for (Slice& slice : slices) {
+    slice.first_task = tasks;
+    tasks += int64_t{params.heads_k} * slice.parts;
+  }
+
+  parallel_for(tasks, [&](int64_t task) {
+    DefaultFloats const environment;
+    auto const after = std::upper_bound(slices.begin(), slices.end(), task,
+                                        [](int64_t t, const Slice& slice) { return t < slice.first_task; });
+    Slice const& slice = *(after - 1);
+    int const index = static_cast<int>(task - slice.first_task);
+    int const head_k = index / slice.parts;
+    int const head_in_group = index % slice.parts * slice.heads;
+    QueryTile const tile = {sequence_of(params, slice.sequence),
+                            slice.q_begin,
+                            slice.queries,
+                            head_k * params.group + head_in_group,
+                            min_of(slice.heads, params.group - head_in_group),
+                            head_k};
+    forward_tile(params, tile, element, scratch());
+  });
+  clear_rest(params, dtype.bytes());
+}
+
+}  // namespace flashcore::cpu

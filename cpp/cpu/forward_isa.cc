@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward kernel of one tile of queries, compiled once for each instruction set (FLASHCORE_CPU_NAMESPACE names it).
+//
+// Everything but the entry point has internal linkage, and nothing of the standard library is instantiated: the linker keeps
+// one copy of a weak symbol, and a copy made of AVX-512 instructions must not be what an older processor runs.
+#include "attention/mask.h"
+#include "attention/score.h"
+#include "attention/softmax.h"
+#include "cpu/isa.h"
+#include "cpu/pack.h"
+
+namespace flashcore::cpu {
+namespace {
+
+static_assert(tile_q % block_rows == 0 && strip_rows % block_rows == 0 && tile_k % panel_width == 0);
+static_assert(largest_row == max_head_dim);
+
+// Keys of a tile that a block of rows looks at, in whole panels of keys.
+struct Span {
+  int begin, end;
+};
+
+template <typename Score>
+FLASHCORE_HD Vec transform(const Score& score, Vec s) {
+  if constexpr (Score::plain) {
+    return s;
+  } else {
+    s = s * splat(score.inner);
+    return score.capped ? tanh_of(s) : s;
+  }
+}
+
+// One row of scores becomes weights 2^(factor · (s − max)), those outside [first, end) zero; `row` takes in the maximum and
+// the sum. Returns what the row's output so far must be multiplied by. The maximum is subtracted before the factor comes in,
+// so that the largest score has a weight of exactly 1.
+template <bool masked, typename Score>
+FLASHCORE_HD float softmax_row(const Score& score, float* scores, Span span, int first, int end, SoftmaxRow& row) {
+  Vec const nothing = splat(minus_infinity());
+  Vec largest = nothing;
+  if (masked || !Score::plain) {
+    Vec index = lane_indices() + splat(static_cast<float>(span.begin));
+    for (int k = span.begin; k < span.end; k += lanes, index = index + splat(static_cast<float>(lanes))) {
+      Vec s = transform(score, load(scores + k));
+      if constexpr (masked) {
+        s = where_less(index, splat(static_cast<float>(first)), nothing, s);
+        s = where_less(index, splat(static_cast<float>(end)), s, nothing);
+      }
+      store(scores + k, s);
+      largest = larger(s, largest);
+    }
+  } else {
+    for (int k = span.begin; k < span.end; k += lanes) largest = larger(load(scores + k), largest);
+  }
+  float const tile_max = max_across(largest);
+  float const new_max = tile_max > row.max ? tile_max : row.max;
+  float const offset = new_max == minus_infinity() ? 0.0f : new_max;
+  float const ratio = lane_exp2((row.max - offset) * score.factor);
+
+  Vec sum = splat(0.0f);
+  for (int k = span.begin; k < span.end; k += lanes) {
+    Vec const weight = exp2_of((load(scores + k) - splat(offset)) * splat(score.factor));
+    store(scores + k, weight);
+    sum = sum + weight;
+  }
+  row.max = new_max;
+  row.sum = row.sum * ratio + sum_across(sum);
+  return ratio;
+}
+
+// The register blocks are as high as the rows that are there allow: 6, 3 or 1.
+FLASHCORE_HD int block_height(int rows) { return rows > 3 ? 6 : rows > 1 ? 3 : 1; }
+
+template <typename Atom>
+void scores_of_block(int height, const typename Atom::Lane* queries, const typename Atom::Lane* keys, int depth, float* scores) {
+  if (height == 6) return score_block<Atom, 6>(queries, keys, depth, scores, tile_k);
+  if (height == 3) return score_block<Atom, 3>(queries, keys, depth, scores, tile_k);
+  return score_block<Atom, 1>(queries, keys, depth, scores, tile_k);
+}
+
+template <int vectors>
+void output_of_block(int height, const float* weights, const float* values, int keys, const float* ratio, float* out, int stride) {
+  if (height == 6) return output_block<6, vectors, tile_k>(weights, values, keys, ratio, out, stride);
+  if (height == 3) return output_block<3, vectors, tile_k>(weights, values, keys, ratio, out, stride);
+  return output_block<1, vectors, tile_k>(weights, values, keys, ratio, out, stride);
+}
+
+void output_of_block(int vectors, int height, const float* weights, const float* values, int keys, const float* ratio, float* out,
+                     int stride) {
+  static_assert(panel_vectors == 2 || panel_vectors == 4);
+  if (vectors == 1) return output_of_block<1>(height, weights, values, keys, ratio, out, stride);
+  if (vectors == 2) return output_of_block<2>(height, weights, values, keys, ratio, out, stride);
+  if constexpr (panel_vectors == 4) {
+    if (vectors == 3) return output_of_block<3>(height, weights, values, keys, ratio, out, stride);
+    return output_of_block<4>(height, weights, values, keys, ratio, out, stride);
+  }
+}
+
+// One tile of queries. Row r of it is query q_begin + r / heads of head `head + r % heads`.
+template <typename T, typename Atom, typename Score>
+struct Forward {
+  using Lane = typename Atom::Lane;
+
+  const ForwardParams& params;
+  const QueryTile& tile;
+  Mask mask;
+  Score score;
+  int rows;
+  int depth;       // lanes of the first product
+  int out_stride;  // head_dim in whole vectors
+  Lane* queries;   // [block][depth][block_rows]
+  float* out;      // [row][out_stride]
+  Lane* keys;      // [panel][depth][panel_width]
+  float* values;   // [panel][key][column]
+  float* scores;   // [strip_rows][tile_k]
+  SoftmaxRow state[tile_q];
+  int packed_keys = 0;  // keys of the packed tile, in whole panels
+
+  Forward(const ForwardParams& p, const QueryTile& t, float* scratch)
+      : params(p),
+        tile(t),
+        mask(Mask::make(t.sequence.seqlen_q, t.sequence.seqlen_k, p.window_left, p.window_right)),
+        score(Score::make(p.scale, p.softcap)),
+        rows(t.queries * t.heads),
+        depth(ceil_div(p.head_dim, Atom::depth)),
+        out_stride(ceil_div(p.head_dim, lanes) * lanes) {
+    queries = reinterpret_cast<Lane*>(scratch);
+    out = scratch + tile_q * max_head_dim;
+    keys = reinterpret_cast<Lane*>(out + tile_q * max_head_dim);
+    values = out + tile_q * max_head_dim + tile_k * max_head_dim;
+    scores = values + tile_k * max_head_dim;
+  }
+
+  int query_of(int row) const { return tile.q_begin + row / tile.heads; }
+
+  template <typename Pointer>
+  int64_t offset_of(const Rows<Pointer>& array, int row) const {
+    return tile.sequence.batch * array.batch_stride + (tile.sequence.first_q + query_of(row)) * array.row_stride +
+           (tile.head + row % tile.heads) * array.head_stride;
+  }
+
+  void run() {
+    KeyRange const range = mask.key_range(tile.q_begin, tile.q_begin + tile.queries, tile_k);
+    pack_queries();
+    for (int i = 0; i < ceil_div(rows, block_rows) * block_rows * out_stride; ++i) out[i] = 0.0f;
+    for (int t = range.begin; t < range.end; ++t) {
+      int const first_key = t * tile_k;
+      pack(first_key, min_of(tile_k, mask.seqlen_k - first_key));
+      bool const whole = t >= range.full_begin && t < range.full_end;
+      for (int row = 0; row < rows; row += strip_rows) {
+        whole ? strip<false>(row, first_key) : strip<true>(row, first_key);
+      }
+    }
+    write();
+  }
+
+  void pack_queries() {
+    Lane room[largest_row];
+    const T* const array = static_cast<const T*>(params.q.data);
+    for (int row = 0; row < ceil_div(rows, block_rows) * block_rows; ++row) {
+      Lane* const to = queries + (row / block_rows) * block_rows * depth + row % block_rows;
+      if (row < rows) {
+        const Lane* const from = Row<Atom>::lanes_of(array + offset_of(params.q, row), params.head_dim, room);
+        for (int d = 0; d < depth; ++d) to[d * block_rows] = from[d];
+      } else {
+        for (int d = 0; d < depth; ++d) to[d * block_rows] = Lane{};
+      }
+    }
+  }
+
+  void pack(int first_key, int count) {
+    int64_t const row = tile.sequence.first_k + first_key;
+    auto const start = [&](const Rows<const void*>& array) {
+      return static_cast<const T*>(array.data) + tile.sequence.batch * array.batch_stride + row * array.row_stride +
+             tile.head_k * array.head_stride;
+    };
+    pack_keys<Atom>(start(params.k), params.k.row_stride, count, params.head_dim, keys);
+    pack_values(start(params.v), params.v.row_stride, count, params.head_dim, values);
+    packed_keys = ceil_div(count, panel_width) * panel_width;
+  }
+
+  // The keys of the packed tile, which begins at first_key, that some of `height` rows see: whole panels of them.
+  template <bool masked>
+  Span span_of(int row, int height, int first_key) const {
+    if constexpr (!masked) return {0, tile_k};
+    int const begin = mask.first_key(query_of(row)) - first_key;
+    int const end = mask.end_key(query_of(min_of(row + height, rows) - 1)) - first_key;
+    if (end <= 0 || begin >= packed_keys || begin >= end) return {0, 0};
+    return {max_of(begin, 0) / panel_width * panel_width, min_of(ceil_div(end, panel_width) * panel_width, packed_keys)};
+  }
+
+  // Rows [row, row + strip_rows) with the packed tile of keys, which begins at first_key. Panels of keys and of values pass
+  // through the first-level cache once for the strip, whose scores stay there.
+  template <bool masked>
+  void strip(int row, int first_key) {
+    constexpr int blocks = strip_rows / block_rows;
+    Span span[blocks];
+    int height[blocks];
+    float ratio[strip_rows];
+    int const count = min_of(ceil_div(rows - row, block_rows), blocks);
+    for (int b = 0; b < count; ++b) {
+      height[b] = block_height(rows - row - b * block_rows);
+      span[b] = span_of<masked>(row + b * block_rows, height[b], first_key);
+    }
+
+    for (int k = 0; k < packed_keys; k += panel_width) {
+      for (int b = 0; b < count; ++b) {
+        if (k < span[b].begin || k >= span[b].end) continue;
+        scores_of_block<Atom>(height[b], queries + (row + b * block_rows) * depth, keys + k * depth, depth,
+                              scores + b * block_rows * tile_k + k);
+      }
+    }
+
+    for (int b = 0; b < count; ++b) {
+      for (int i = b * block_rows; i < b * block_rows + height[b]; ++i) {
+        if (row + i >= rows || span[b].begin == span[b].end) {
+          ratio[i] = 1.0f;  // a row that is not there, or a block that sees nothing here
+          continue;
+        }
+        int const first = masked ? clamp_to(mask.first_key(query_of(row + i)) - first_key, 0, tile_k) : 0;
+        int const end = masked ? clamp_to(mask.end_key(query_of(row + i)) - first_key, 0, tile_k) : tile_k;
+        ratio[i] = softmax_row<masked>(score, scores + i * tile_k, span[b], first, end, state[row + i]);
+      }
+    }
+
+    const float* panel = values;
+    for (int c = 0; c < out_stride; c += panel_width) {
+      int const width = min_of(panel_width, out_stride - c);
+      for (int b = 0; b < count; ++b) {
+        if (span[b].begin == span[b].end) continue;
+        output_of_block(width / lanes, height[b], scores + b * block_rows * tile_k + span[b].begin, panel + span[b].begin * width,
+                        span[b].end - span[b].begin, ratio + b * block_rows, out + (row + b * block_rows) * out_stride + c,
+                        out_stride);
+      }
+      panel += packed_keys * width;
+    }
+  }
+
+  void write() const {
+    T* const array = static_cast<T*>(params.o.data);
+    for (int row = 0; row < rows; ++row) {
+      narrow(out + row * out_stride, state[row].inverse_sum(), params.head_dim, array + offset_of(params.o, row));
+      if (params.lse) {
+        int64_t const head = tile.sequence.batch * params.heads_q + tile.head + row % tile.heads;
+        params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = state[row].lse(score.factor);
+      }
+    }
+  }
+};
+
+template <typename T, typename Atom>
+void forward_of(const ForwardParams& params, const QueryTile& tile, float* scratch) {
+  if (params.scale > 0.0f && params.softcap == 0.0f) {
+    Forward<T, Atom, PlainScore>(params, tile, scratch).run();
+  } else {
+    Forward<T, Atom, CappedScore>(params, tile, scratch).run();
+  }
+}
+
+}  // namespace
+
+namespace FLASHCORE_CPU_NAMESPACE {
+
+void forward_tile(const ForwardParams& params, const QueryTile& tile, Element element, float* scratch) {
+  switch (element) {
+    case Element::float32:
+      return forward_of<float, FloatAtom>(params, tile, scratch);
+    case Element::float16:
+      return forward_of<Half, FloatAtom>(params, tile, scratch);
+    case Element::bfloat16:
+#if defined(__AVX512BF16__)
+      return forward_of<BFloat, BFloatAtom>(params, tile, scratch);
+#else
+      return forward_of<BFloat, FloatAtom>(params, tile, scratch);
+#endif
+  }
+}
+
+}  // namespace FLASHCORE_CPU_NAMESPACE
+}  // namespace flashcore::cpu

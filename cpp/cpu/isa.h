@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the instruction sets' copies of the kernel share with the code that schedules them: one tile of work, and the
+// function that each of them provides. Nothing here has code of its own.
+#pragma once
+
+#include "core/forward_params.h"
+#include "cpu/cpu.h"
+
+namespace flashcore::cpu {
+
+// Where one sequence lies.
+struct Sequence {
+  int64_t batch;    // index along the batch stride; 0 when variable-length
+  int64_t first_q;  // its first rows
+  int64_t first_k;
+  int seqlen_q, seqlen_k;
+};
+
+// The queries [q_begin, q_begin + queries) of the query heads [head, head + heads), which share the key head `head_k`.
+struct QueryTile {
+  Sequence sequence;
+  int q_begin, queries;
+  int head, heads;
+  int head_k;
+};
+
+enum class Element : uint8_t { float32, float16, bfloat16 };
+
+// Computes one tile. `scratch` has scratch_floats floats, 64-byte aligned, and belongs to the calling thread.
+using ForwardTile = void (*)(const ForwardParams&, const QueryTile&, Element, float* scratch);
+
+// The tile of queries (packed for the first product, and its output), of keys, of values, and a strip of scores, at the
+// largest head dimension: 0.5 MiB.
+constexpr int max_head_dim = 256;
+constexpr int strip_rows = 24;
+constexpr int64_t scratch_floats = int64_t{2} * tile_q * max_head_dim + int64_t{2} * tile_k * max_head_dim + strip_rows * tile_k;
+
+struct Isa {
+  const char* name;
+  ForwardTile forward_tile;
+  bool (*supported)();
+};
+
+// The instruction set of chosen_isa().
+const Isa& chosen();
+
+}  // namespace flashcore::cpu

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a tile of queries, keys or values is laid out for the atoms: in panels as wide as a register block, each step of the
+// inner dimension beside the next. Rows that the tile has not are zeros, so that what lies behind them in memory never matters.
+#pragma once
+
+#include "cpu/atoms.h"
+
+namespace flashcore::cpu {
+namespace {
+
+constexpr int largest_row = 256;  // elements of the largest head dimension
+
+// A row as an atom's lanes, `depth` of them: elements widened to float32, or pairs of bfloat16 as they are. float32 rows are
+// used where they lie; others go through `room`.
+template <typename Atom>
+struct Row;
+
+template <>
+struct Row<FloatAtom> {
+  FLASHCORE_HD static const float* lanes_of(const float* row, int /*head_dim*/, float* /*room*/) { return row; }
+  template <typename T>
+  FLASHCORE_HD static const float* lanes_of(const T* row, int head_dim, float* room) {
+    widen(row, head_dim, room);
+    return room;
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Row<BFloatAtom> {
+  FLASHCORE_HD static const uint32_t* lanes_of(const BFloat* row, int head_dim, uint32_t* room) {
+    room[(head_dim - 1) / 2] = 0;  // an odd dimension's last pair
+    memcpy(room, row, static_cast<size_t>(head_dim) * 2);
+    return room;
+  }
+};
+#endif
+
+// to[d · stride + i] = rows[i][d] for four rows.
+template <typename Lane>
+FLASHCORE_HD void transpose_four(const Lane* const (&rows)[4], int depth, Lane* to, int stride) {
+  int d = 0;
+#if defined(__GNUC__)
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  typedef uint32_t FourUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
+  for (; d + 4 <= depth; d += 4) {
+    Four x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const FourUnaligned*>(rows[i] + d);
+    Four const a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);  // 00 10 01 11
+    Four const b = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+    Four const c = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+    Four const e = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+    Lane* const out = to + d * stride;
+    *reinterpret_cast<FourUnaligned*>(out) = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+    *reinterpret_cast<FourUnaligned*>(out + stride) = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    *reinterpret_cast<FourUnaligned*>(out + 2 * stride) = __builtin_shufflevector(c, e, 0, 1, 4, 5);
+    *reinterpret_cast<FourUnaligned*>(out + 3 * stride) = __builtin_shufflevector(c, e, 2, 3, 6, 7);
+  }
+#endif
+  for (; d < depth; ++d) {
+    for (int i = 0; i < 4; ++i) to[d * stride + i] = rows[i][d];
+  }
+}
+
+// Keys [0, count) as panels of panel_width keys: to[panel][d][key].
+template <typename Atom, typename T>
+void pack_keys(const T* keys, int64_t stride, int count, int head_dim, typename Atom::Lane* to) {
+  using Lane = typename Atom::Lane;
+  static constexpr Lane zeros[largest_row] = {};
+  Lane room[4][largest_row];
+  int const depth = ceil_div(head_dim, Atom::depth);
+  for (int panel = 0; panel < count; panel += panel_width, to += panel_width * depth) {
+    for (int k = 0; k < panel_width; k += 4) {
+      const Lane* rows[4];
+      for (int i = 0; i < 4; ++i) {
+        int const key = panel + k + i;
+        rows[i] = key < count ? Row<Atom>::lanes_of(keys + key * stride, head_dim, room[i]) : zeros;
+      }
+      transpose_four(rows, depth, to + k, panel_width);
+    }
+  }
+}
+
+// Values [0, count), filled with zeros to whole panels of keys, as panels of panel_width columns (the last as narrow as whole
+// vectors allow): to[panel][key][column].
+template <typename T>
+void pack_values(const T* values, int64_t stride, int count, int head_dim, float* to) {
+  int const columns = ceil_div(head_dim, lanes) * lanes;
+  int const keys = ceil_div(count, panel_width) * panel_width;
+  float room[largest_row];
+  for (int k = 0; k < keys; ++k) {
+    const float* row = room;
+    if (k >= count) {
+      for (int d = 0; d < columns; ++d) room[d] = 0.0f;
+    } else if (head_dim == columns) {
+      row = Row<FloatAtom>::lanes_of(values + k * stride, head_dim, room);
+    } else {
+      widen(values + k * stride, head_dim, room);
+      for (int d = head_dim; d < columns; ++d) room[d] = 0.0f;
+    }
+    float* panel = to;
+    for (int c = 0; c < columns; c += panel_width) {
+      int const width = min_of(panel_width, columns - c);
+      for (int d = 0; d < width; d += lanes) store(panel + k * width + d, load(row + c + d));
+      panel += keys * width;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashcore::cpu

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "cpu/cpu.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace flashcore::cpu {
+namespace {
+
+int default_threads() {
+  if (const char* text = std::getenv("OMP_NUM_THREADS")) {
+    long const threads = std::strtol(text, nullptr, 10);  // stops at the comma of a list
+    if (threads >= 1 && threads <= 1 << 16) return static_cast<int>(threads);
+  }
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+std::atomic<int>& thread_limit() {
+  static std::atomic<int> threads{default_threads()};
+  return threads;
+}
+
+thread_local bool inside_a_loop = false;
+
+class Pool {
+ public:
+  void run(int64_t count, void (*body)(void*, int64_t), void* context, int threads) {
+    std::lock_guard turn(turn_);
+    {
+      std::lock_guard lock(mutex_);
+      body_ = body;
+      context_ = context;
+      count_ = count;
+      next_.store(0, std::memory_order_relaxed);
+      error_ = nullptr;
+      wanted_ = start_workers(threads - 1);
+    }
+    wake_.notify_all();
+    work();
+    std::exception_ptr error;
+    {
+      std::unique_lock lock(mutex_);
+      wanted_ = 0;  // who has not started by now need not
+      done_.wait(lock, [&] { return working_ == 0; });
+      error = std::exchange(error_, nullptr);
+    }
+    if (error) std::rethrow_exception(error);
+  }
+
+ private:
+  // Has as many workers as `wanted`, if the system lets us, and returns how many of those there are. They are never joined: they
+  // sleep until the process ends, and the pool is never destroyed.
+  int start_workers(int wanted) {
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread(&Pool::wait_for_work, this).detach();
+    } catch (const std::system_error&) {
+      // Fewer threads do the same work.
+    }
+    return std::min(wanted, workers_);
+  }
+
+  void wait_for_work() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return wanted_ > 0; });
+      --wanted_;
+      ++working_;
+      lock.unlock();
+      work();
+      lock.lock();
+      if (--working_ == 0) done_.notify_one();
+    }
+  }
+
+  void work() {
+    inside_a_loop = true;
+    try {
+      for (;;) {
+        int64_t const i = next_.fetch_add(1, std::memory_order_relaxed);
+        if (i >= count_) break;
+        body_(context_, i);
+      }
+    } catch (...) {
+      next_.store(count_, std::memory_order_relaxed);
+      std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+    inside_a_loop = false;
+  }
+
+  std::mutex turn_;  // held by the caller whose loop runs
+  std::mutex mutex_;  // guards what follows; the loop's description changes only while no worker works
+  std::condition_variable wake_, done_;
+  int workers_ = 0;  // threads started
+  int wanted_ = 0;   // of them, to join the loop still
+  int working_ = 0;  // in the loop now, the caller not counted
+  std::exception_ptr error_;
+  void (*body_)(void*, int64_t) = nullptr;
+  void* context_ = nullptr;
+  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0};
+};
+
+std::atomic<Pool*> current_pool{nullptr};
+
+// The pool, made at first use. A forked child has none of its parent's threads and locks in whatever state they were in: it
+// forgets the parent's pool and makes its own.
+Pool& pool() {
+  Pool* existing = current_pool.load(std::memory_order_acquire);
+  if (existing) return *existing;
+#if !defined(_WIN32)
+  static int const registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr, std::memory_order_release); });
+  static_cast<void>(registered);
+#endif
+  auto* const made = new Pool;
+  if (current_pool.compare_exchange_strong(existing, made, std::memory_order_acq_rel)) return *made;
+  delete made;
+  return *existing;
+}
+
+}  // namespace
+
+int num_threads() { return thread_limit().load(std::memory_order_relaxed); }
+
+void set_num_threads(int threads) {
+  if (threads < 1) throw ValueError("threads: got " + std::to_string(threads) + ", expected 1 or more");
+  thread_limit().store(threads, std::memory_order_relaxed);
+}
+
+void parallel_for(int64_t count, void (*body)(void*, int64_t), void* context) {
+  int const threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
+  if (threads <= 1 || inside_a_loop) {
+    for (int64_t i = 0; i < count; ++i) body(context, i);
+    return;
+  }
+  pool().run(count, body, context, threads);
+}
+
+}  // namespace flashcore::cpu

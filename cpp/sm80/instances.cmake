@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+# Makes the source files of the sm80 kernel's instances, one for each tile of tiles.inc and kind of score (both element types
+# in one file: reading CuTe costs more than compiling a kernel). Leaves their list in `out_sources`.
+function(flashcore_sm80_instances out_sources)
+  set(here ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${here}/tiles.inc)
+  file(STRINGS ${here}/tiles.inc tiles REGEX "^FLASHCORE_SM80_TILE")
+  set(sources)
+  foreach(tile IN LISTS tiles)
+    string(REGEX MATCH "\\(([0-9]+), ([0-9]+), ([0-9]+), ([0-9]+), ([0-9]+)\\)" _ "${tile}")
+    set(HEAD_DIM ${CMAKE_MATCH_1})
+    set(TILE_Q ${CMAKE_MATCH_2})
+    set(TILE_K ${CMAKE_MATCH_3})
+    set(WARPS ${CMAKE_MATCH_4})
+    set(STAGES ${CMAKE_MATCH_5})
+    foreach(PLAIN true false)
+      set(file ${CMAKE_CURRENT_BINARY_DIR}/sm80/forward_d${HEAD_DIM}_q${TILE_Q}_plain_${PLAIN}.cu)
+      configure_file(${here}/instance.cu.in ${file} @ONLY)
+      list(APPEND sources ${file})
+    endforeach()
+  endforeach()
+  set(${out_sources} ${sources} PARENT_SCOPE)
+endfunction()

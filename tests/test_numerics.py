@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numerics beyond the grid: peaked scores, NaN that must stay where it is, infinities, and magnitudes near a dtype's
+end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from arrays import place
+from reference import Options, assert_attention, errors, reference
+
+import flashcore
+
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+def needs(arrays, dtype):
+    if dtype not in arrays.dtypes:
+        pytest.skip(f"no {dtype} here")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score", [1.0, 4.0, 16.0, 200.0])
+@pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(softcap=30.0)], ids=str)
+def test_peaked_scores(arrays, dtype, score, options):
+    """From flat rows to rows where one key takes all the weight."""
+    needs(arrays, dtype)
+    tensors = arrays.qkv(1, 520, 520, 4, 2, 64, dtype, int(score), score)
+    out, lse = flashcore.attention(*tensors, return_lse=True, **options.keywords())
+    assert_attention(arrays, out, lse, *tensors, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_growing_scores(arrays, dtype):
+    """Each tile's scores exceed all before: the output so far is scaled down again and again; then the reverse."""
+    needs(arrays, dtype)
+    query, key, value = arrays.qkv(1, 100, 1500, 2, 2, 64, dtype, 7)
+    ramp = arrays.cast((arrays.arange(1500) + 1) / 300.0, dtype)[None, :, None, None]
+    query = abs(query)
+    key = abs(key) * ramp
+    for k in (key, -key):
+        out, lse = flashcore.attention(query, k, value, return_lse=True)
+        assert_attention(arrays, out, lse, query, k, value)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-6, 3.0])
+def test_unusual_scales(arrays, scale):
+    """Zero averages the values; a negative scale prefers the keys that are least like the query."""
+    for softcap in (0.0, 5.0):
+        tensors = arrays.qkv(2, 130, 200, 4, 2, 64, arrays.half, 9)
+        options = Options(scale=scale, softcap=softcap, causal=True)
+        out, lse = flashcore.attention(*tensors, return_lse=True, causal=True, scale=scale, softcap=softcap)
+        assert_attention(arrays, out, lse, *tensors, options)
+
+
+def test_values_near_the_end_of_float16(arrays):
+    """Averages of values of 60000 stay finite: nothing is summed up in float16."""
+    query, key, _ = arrays.qkv(1, 65, 1000, 2, 2, 64, "float16", 11)
+    value = arrays.full(key.shape, 6e4, "float16")
+    out = flashcore.attention(query, key, value)
+    # One rounding of weights near 1/1000 (2⁻¹¹), and one of the output.
+    assert float(abs(arrays.float64(out) / 6e4 - 1).max()) < 2.0**-10
+
+
+def test_tiny_float16(arrays):
+    """Subnormal inputs are numbers, too."""
+    query, key, value = arrays.qkv(1, 65, 100, 2, 2, 64, "float16", 13)
+    value = arrays.cast(arrays.float64(value) * 1e-6, "float16")
+    out = flashcore.attention(query, key, value)
+    expected, _ = reference(arrays, query, key, value)
+    # Half a step of the subnormals (2⁻²⁴) for the output; weights are rounded relatively.
+    assert errors(arrays, out, expected)[0] < 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("evil", [math.nan, math.inf])
+def test_nan_in_a_query_stays_in_its_row(arrays, dtype, evil):
+    """One NaN (or infinity, which makes scores of both infinities) reaches that query's output alone; others keep their
+    bits."""
+    needs(arrays, dtype)
+    query, key, value = arrays.qkv(2, 140, 200, 4, 2, 64, dtype, 15)
+    clean, clean_lse = flashcore.attention(query, key, value, causal=True, return_lse=True)
+    for b, i, h in ((0, 0, 0), (1, 139, 3), (0, 64, 1), (1, 77, 2)):
+        spoilt = arrays.copy(query)
+        spoilt[b, i, h, 5] = evil
+        out, lse = flashcore.attention(spoilt, key, value, causal=True, return_lse=True)
+        row = out[b, i, h]
+        assert bool((row != row).all()), "a NaN went missing"
+        for got, fresh, index in ((out, clean, (b, i, h)), (lse, clean_lse, (b, h, i))):
+            got, fresh = arrays.copy(got), arrays.copy(fresh)
+            got[index] = fresh[index] = 0
+            assert arrays.same_bits(got, fresh), "a NaN reached another row"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_another_head_or_batch(arrays, dtype):
+    """Keys and values of other heads and other batch entries never matter."""
+    needs(arrays, dtype)
+    query, key, value = arrays.qkv(3, 70, 130, 6, 3, 40, dtype, 17)
+    clean = flashcore.attention(query, key, value)
+    spoilt_key, spoilt_value = arrays.copy(key), arrays.copy(value)
+    for a in (spoilt_key, spoilt_value):
+        a[0] = math.nan
+        a[1, :, 0] = math.nan
+        a[2, :, 2] = math.inf
+    out = flashcore.attention(query, spoilt_key, spoilt_value)
+    assert arrays.same_bits(out[1, :, 2:], clean[1, :, 2:])
+    assert arrays.same_bits(out[2, :, :4], clean[2, :, :4])
+    bad = out[0]
+    assert bool((bad != bad).all())
+
+
+@pytest.mark.parametrize("seqlen_k", [1, 17, 63, 64, 65, 100, 127, 129, 200])
+def test_nan_after_the_arrays(arrays, seqlen_k):
+    """The last tile reaches over the end of the keys: what lies there is NaN and has no part in anything."""
+    for head_dim in (32, 64, 128):
+        tensors = arrays.qkv(1, 70, seqlen_k, 2, 2, head_dim, arrays.half, seqlen_k)
+        for memory in ("contiguous", "padded"):
+            placed = [place(arrays, a.shape, arrays.half, memory, a) for a in tensors]
+            before = [arrays.copy(p.buffer) for p in placed]
+            out, lse = flashcore.attention(*(p.view for p in placed), return_lse=True)
+            assert_attention(arrays, out, lse, *tensors)
+            assert all(arrays.same_bits(p.buffer, b) for p, b in zip(placed, before, strict=True)), "input written"
+
+
+@pytest.mark.parametrize("far", ["keys", "queries"])
+def test_values_of_unseen_tiles_do_not_matter(arrays, far):
+    """Whole tiles outside a window are not read: NaN in them reaches nothing."""
+    query, key, value = arrays.qkv(1, 600, 1600, 2, 2, 64, arrays.half, 19)
+    options = {"window": (40, 0)}
+    clean = flashcore.attention(query, key, value, **options)
+    if far == "keys":  # the first query stands on key 1000
+        key[:, :600] = math.nan
+        value[:, :600] = math.nan
+        assert arrays.same_bits(flashcore.attention(query, key, value, **options), clean)
+    else:
+        query[:, 300:] = math.nan
+        assert arrays.same_bits(flashcore.attention(query, key, value, **options)[:, :300], clean[:, :300])
