@@ -82,7 +82,9 @@ if hypothesis:
                 if on_gpu or dtype == "bfloat16"
                 else st.sampled_from(["contiguous", "padded", "transposed", "expanded", "reversed"])
             ),
-            "score": draw(st.sampled_from([0.1, 1.0, 4.0, 16.0, 64.0])),
+            # Tensor cores truncate what they add to a score, which the emulation does not: at 64 that is as much as a
+            # rounding to float16. (test_numerics.py goes further where PyTorch's own kernel is the yardstick.)
+            "score": draw(st.sampled_from([0.1, 1.0, 4.0, 16.0, *(() if on_gpu else (64.0,))])),
             "out": draw(st.sampled_from(["returned", "given"])),
         }
 

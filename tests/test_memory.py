@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import os
 import subprocess
 import sys
 
@@ -78,8 +79,8 @@ def test_strides_beyond_32_bits(arrays, axis):
     far = 2**31 + 64
     if arrays.on_gpu:
         free, _ = torch.cuda.mem_get_info()
-        if free < 3 * 4 * far + 2**30:
-            pytest.skip("needs 14 GB of GPU memory")
+        if free < 6 * far:
+            pytest.skip("needs 12 GiB of GPU memory")
         flat = arrays.poison((2 * far + 2**16,), "float16")
     else:
         if not sys.platform.startswith("linux"):
@@ -146,6 +147,8 @@ def test_nothing_leaks(arrays):
     """Neither a good call nor a refused one keeps memory or a reference."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("AddressSanitizer keeps freed memory for a while")
     tensors = arrays.qkv(1, 64, 64, 4, 4, 64, arrays.half, 9)
     counts = [sys.getrefcount(t) for t in tensors]
 

@@ -7,8 +7,8 @@
 namespace flashcore {
 namespace {
 
-// The weight of a part whose log-sum-exp is `lse` when the largest of all parts is `max_lse`: e^(lse − max_lse), 0 for a part
-// that saw no key.
+// The weight of a part whose log-sum-exp is `lse` when the largest of all parts is `max_lse`: e^(lse − max_lse), 0 for
+// a part that saw no key.
 FLASHCORE_HD float part_weight(float lse, float max_lse) {
   return lse == minus_infinity() ? 0.0f : exp2_of((lse - max_lse) * log2_e);
 }

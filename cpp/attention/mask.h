@@ -7,18 +7,19 @@
 namespace flashcore {
 namespace {
 
-// A window side without a limit; also the longest sequence that validate() lets through, so that every sum of a position
-// and a bound below stays within 32 bits.
+// A window side without a limit; also the longest sequence that validate() lets through, so that every sum of a
+// position and a bound below stays within 32 bits.
 constexpr int unlimited = 1 << 30;
 
-// Tiles of keys that the queries of one tile see, as tile indices. Tiles in [begin, full_begin) and [full_end, end) are seen
-// in part, by some queries, and run the masked loop; those in [full_begin, full_end) are seen whole by every query.
+// Tiles of keys that the queries of one tile see, as tile indices. Tiles in [begin, full_begin) and [full_end, end) are
+// seen in part, by some queries, and run the masked loop; those in [full_begin, full_end) are seen whole by every
+// query.
 struct KeyRange {
   int begin, full_begin, full_end, end;
 };
 
-// The mask of one sequence. Query q stands at position q + (seqlen_k − seqlen_q) among the keys (the last query on the last
-// key) and sees the keys from `left` before it to `right` after it.
+// The mask of one sequence. Query q stands at position q + (seqlen_k − seqlen_q) among the keys (the last query on the
+// last key) and sees the keys from `left` before it to `right` after it.
 struct Mask {
   int seqlen_k;
   int low;   // query q sees no key before q + low

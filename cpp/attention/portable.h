@@ -13,8 +13,8 @@
 #endif
 
 namespace flashcore {
-// Internal linkage: each translation unit has copies of its own, so that code compiled for a newer instruction set never
-// becomes the copy that an older processor runs.
+// Internal linkage: each translation unit has copies of its own, so that code compiled for a newer instruction set
+// never becomes the copy that an older processor runs.
 namespace {
 
 constexpr float log2_e = 1.44269504088896340736f;

@@ -28,20 +28,20 @@ struct Work {
   int k_begin, seqlen_k;
 };
 
-// Fixed-length: the (sequence, head) pairs are cut into sections whose keys and values fit in the L2 cache together. Within
-// a section the last tile of every pair comes first, so that under a causal mask long tiles start early and the short ones
-// fill the end. `heads_per_section` = 1 runs the tiles of a pair one after the other.
+// Fixed-length: the (sequence, head) pairs are cut into sections whose keys and values fit in the L2 cache together.
+// Within a section the last tile of every pair comes first, so that under a causal mask long tiles start early and the
+// short ones fill the end. `heads_per_section` = 1 runs the tiles of a pair one after the other.
 //
 // Variable-length: the number of tiles of each sequence is not known on the host. Sequence b starts at slot
-// cu_seqlens_q[b] / tile_q + b, which leaves each sequence at least the slots it needs; some stay empty. The rows behind the
-// last sequence count as one more sequence, without keys, so that they are written (zeros) like the rest.
+// cu_seqlens_q[b] / tile_q + b, which leaves each sequence at least the slots it needs; some stay empty. The rows
+// behind the last sequence count as one more sequence, without keys, so that they are written (zeros) like the rest.
 struct TileScheduler {
   int tile_q, heads_per_section;
 
   static FLASHCORE_HD int64_t blocks(const ForwardParams& p, int tile_q) {
     if (p.seqlen_q == 0) return 0;
-    int64_t const slots = p.cu_seqlens_q ? int64_t{p.seqlen_q} / tile_q + p.batch + 1
-                                         : int64_t{ceil_div(p.seqlen_q, tile_q)} * p.batch;
+    int64_t const slots =
+        p.cu_seqlens_q ? int64_t{p.seqlen_q} / tile_q + p.batch + 1 : int64_t{ceil_div(p.seqlen_q, tile_q)} * p.batch;
     return slots * p.heads_q;
   }
 
@@ -80,8 +80,10 @@ struct TileScheduler {
     int low = 0, high = p.batch;
     while (low < high) {
       int const middle = (low + high + 1) / 2;
-      if (first_slot(p, middle) <= slot) low = middle;
-      else high = middle - 1;
+      if (first_slot(p, middle) <= slot)
+        low = middle;
+      else
+        high = middle - 1;
     }
     w.sequence = low;
     Span const q = low < p.batch ? sequence_span(p.cu_seqlens_q, low, p.seqlen_q)

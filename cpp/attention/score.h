@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens to a score between the first product and the softmax. The softmax computes 2^(factor · transform(s) − m), so a
-// plain score costs nothing: its scale is folded into the exponent.
+// What happens to a score between the first product and the softmax. The softmax computes 2^(factor · transform(s) −
+// m), so a plain score costs nothing: its scale is folded into the exponent.
 #pragma once
 
 #include "attention/portable.h"
@@ -31,6 +31,16 @@ struct CappedScore {
     return {cap * log2_e, scale / cap, capped};
   }
   FLASHCORE_HD float transform(float s) const { return capped ? tanh_of(s * inner) : s * inner; }
+
+  // Calls each(f) with f being transform() for a whole tile: what kind it is is asked once.
+  template <class Each>
+  FLASHCORE_HD void transform_all(Each each) const {
+    if (capped) {
+      each([this](float s) { return tanh_of(s * inner); });
+    } else {
+      each([this](float s) { return s * inner; });
+    }
+  }
 };
 
 }  // namespace

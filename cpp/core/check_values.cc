@@ -37,11 +37,13 @@ std::vector<int32_t> values_of(const Tensor& t, void* stream) {
 }
 
 void check_cumulative(const char* name, const std::vector<int32_t>& cu, int64_t total) {
-  if (cu[0] != 0) throw ValueError(std::string(name) + ": starts at " + std::to_string(cu[0]) + " for sequence 0; expected 0");
+  if (cu[0] != 0)
+    throw ValueError(std::string(name) + ": starts at " + std::to_string(cu[0]) + " for sequence 0; expected 0");
   for (size_t b = 0; b + 1 < cu.size(); ++b) {
     if (cu[b + 1] < cu[b]) {
-      throw ValueError(std::string(name) + ": decreases from " + std::to_string(cu[b]) + " to " + std::to_string(cu[b + 1]) +
-                       " at sequence " + std::to_string(b) + "; expected values that never decrease");
+      throw ValueError(std::string(name) + ": decreases from " + std::to_string(cu[b]) + " to " +
+                       std::to_string(cu[b + 1]) + " at sequence " + std::to_string(b) +
+                       "; expected values that never decrease");
     }
     if (cu[b + 1] > total) {
       throw ValueError(std::string(name) + ": sequence " + std::to_string(b) + " ends at " + std::to_string(cu[b + 1]) +
@@ -62,8 +64,8 @@ void check_values(const Problem& problem) {
   auto const used = values_of(problem.seqused_k, problem.stream);
   for (size_t b = 0; b < used.size(); ++b) {
     if (used[b] < 0 || used[b] > cu_k[b + 1] - cu_k[b]) {
-      throw ValueError("seqused_k: got " + std::to_string(used[b]) + " for sequence " + std::to_string(b) + ", which has " +
-                       std::to_string(cu_k[b + 1] - cu_k[b]) + " keys; expected 0 to as many");
+      throw ValueError("seqused_k: got " + std::to_string(used[b]) + " for sequence " + std::to_string(b) +
+                       ", which has " + std::to_string(cu_k[b + 1] - cu_k[b]) + " keys; expected 0 to as many");
     }
   }
 }

@@ -16,12 +16,11 @@ namespace flashcore {
 namespace {
 
 DeviceProperties gpu(const char* name, int capability, int multiprocessors, int block_kib, int unit_kib, int l2_mib) {
-  return {name, DeviceType::cuda, capability, multiprocessors, block_kib * 1024, unit_kib * 1024, int64_t{l2_mib} << 20};
+  return {
+      name, DeviceType::cuda, capability, multiprocessors, block_kib * 1024, unit_kib * 1024, int64_t{l2_mib} << 20};
 }
 
-DeviceProperties this_cpu() {
-  return {"cpu", DeviceType::cpu, 0, cpu::num_threads(), 0, 0, 0};
-}
+DeviceProperties this_cpu() { return {"cpu", DeviceType::cpu, 0, cpu::num_threads(), 0, 0, 0}; }
 
 #if FLASHCORE_HAS_CUDA
 constexpr int max_devices = 64;
@@ -44,9 +43,10 @@ DeviceProperties read_properties(int index) {
 const std::vector<DeviceProperties>& named_devices() {
   // Multiprocessors and shared memory (KiB a block, KiB a multiprocessor) as the CUDA runtime reports them, L2 in MiB.
   static std::vector<DeviceProperties> const devices = {
-      gpu("h100", 90, 132, 227, 228, 50),   gpu("h200", 90, 132, 227, 228, 60), gpu("a100", 80, 108, 163, 164, 40),
-      gpu("l4", 89, 58, 99, 100, 48),       gpu("rtx4090", 89, 128, 99, 100, 72),
-      gpu("b200", 100, 148, 227, 228, 126), {"cpu", DeviceType::cpu, 0, 1, 0, 0, 0},
+      gpu("h100", 90, 132, 227, 228, 50),      gpu("h200", 90, 132, 227, 228, 60),
+      gpu("a100", 80, 108, 163, 164, 40),      gpu("l4", 89, 58, 99, 100, 48),
+      gpu("rtx4090", 89, 128, 99, 100, 72),    gpu("b200", 100, 148, 227, 228, 126),
+      {"cpu", DeviceType::cpu, 0, 1, 0, 0, 0},
   };
   return devices;
 }

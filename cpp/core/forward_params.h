@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of a forward kernel, the same for every machine. launch() fills it from a Problem; validate() has made sure
-// that everything in it is in range.
+// The arguments of a forward kernel, the same for every machine. launch() fills it from a Problem; validate() has made
+// sure that everything in it is in range.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct ForwardParams {
   const int32_t* cu_seqlens_k;  // (batch + 1)
   const int32_t* seqused_k;     // (batch), or null
 
-  int32_t batch;               // sequences, when variable-length
+  int32_t batch;  // sequences, when variable-length
   int32_t heads_q, heads_k;
   int32_t group;               // heads_q / heads_k
   int32_t seqlen_q, seqlen_k;  // fixed-length; variable-length: total_q, total_k

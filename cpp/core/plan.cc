@@ -12,6 +12,7 @@ namespace {
 
 struct Tile {
   int head_dim, tile_q, tile_k, warps, stages;
+  bool plain_score;
   // Queries, and keys and values of each stage, two bytes an element; and what the kernel keeps beside them.
   int shared_memory() const { return (tile_q + 2 * stages * tile_k) * head_dim * 2; }
 };
@@ -19,15 +20,16 @@ struct Tile {
 constexpr int static_shared_memory = 1152;  // the kernel's own 128 bytes and the 1 KiB that the driver reserves a block
 
 constexpr Tile sm80_tiles[] = {
-#define FLASHCORE_SM80_TILE(head_dim, tile_q, tile_k, warps, stages) {head_dim, tile_q, tile_k, warps, stages},
+#define FLASHCORE_SM80_TILE(...) {__VA_ARGS__},
 #include "sm80/tiles.inc"
 #undef FLASHCORE_SM80_TILE
 };
 
 // The tile for a head dimension: of the smallest instance that holds it the first that fits the device's shared memory.
-const Tile& sm80_tile(int64_t head_dim, const DeviceProperties& device) {
+const Tile& sm80_tile(int64_t head_dim, bool plain_score, const DeviceProperties& device) {
   for (Tile const& tile : sm80_tiles) {
-    if (tile.head_dim >= head_dim && tile.shared_memory() + 128 <= device.shared_memory_per_block &&
+    if (tile.head_dim >= head_dim && tile.plain_score == plain_score &&
+        tile.shared_memory() + 128 <= device.shared_memory_per_block &&
         tile.shared_memory() + static_shared_memory <= device.shared_memory_per_unit) {
       return tile;
     }
@@ -38,8 +40,8 @@ const Tile& sm80_tile(int64_t head_dim, const DeviceProperties& device) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A plain score is only multiplied by a positive scale, which the exponent's multiplication takes over. A scale so small that
-// the product with the score's factor is subnormal goes the general way, like zero and negative ones.
+// A plain score is only multiplied by a positive scale, which the exponent's multiplication takes over. A scale so
+// small that the product with the score's factor is subnormal goes the general way, like zero and negative ones.
 bool plain_score(const Problem& problem) { return problem.softcap == 0.0 && effective_scale(problem) > 1e-30; }
 
 Plan plan_cpu(const Problem& problem, const DeviceProperties& device) {
@@ -59,7 +61,7 @@ Plan plan_cpu(const Problem& problem, const DeviceProperties& device) {
 
 Plan plan_sm80(const Problem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
-  Tile const& tile = sm80_tile(s.head_dim, device);
+  Tile const& tile = sm80_tile(s.head_dim, plain_score(problem), device);
   Plan plan;
   plan.backend = Backend::sm80;
   plan.kernel = "sm80_forward";
@@ -81,8 +83,8 @@ Plan plan_sm80(const Problem& problem, const DeviceProperties& device) {
     throw ValueError("query: " + std::to_string(plan.blocks) + " tiles of " + std::to_string(plan.tile_q) +
                      " queries pass the grid's 2^31 - 1; expected a smaller batch");
   }
-  // Where later queries have more keys (causal), long tiles go first among the pairs whose keys and values fit in half of the
-  // L2 cache; elsewhere the tiles of a pair follow each other, and its keys and values stay in the cache anyway.
+  // Where later queries have more keys (causal), long tiles go first among the pairs whose keys and values fit in half
+  // of the L2 cache; elsewhere the tiles of a pair follow each other, and its keys and values stay in the cache anyway.
   bool const uneven = problem.causal || problem.window_right.has_value();
   if (uneven && !problem.varlen()) {
     int64_t const bytes_per_pair = std::max<int64_t>(1, 2 * s.seqlen_k * s.head_dim * 2 * s.heads_k / s.heads_q);
@@ -121,7 +123,8 @@ std::string explain(const Problem& problem, const DeviceProperties& device, cons
   } else {
     text = device.name + " has compute capability " + std::to_string(device.compute_capability / 10) + "." +
            std::to_string(device.compute_capability % 10) + why + ": mma.sync tiles of " + std::to_string(plan.tile_q) +
-           " queries and " + std::to_string(plan.tile_k) + " keys for head dimensions to " + std::to_string(plan.head_dim) +
+           " queries and " + std::to_string(plan.tile_k) + " keys for head dimensions to " +
+           std::to_string(plan.head_dim) +
            (plan.head_dim == s.head_dim ? "" : " (padded from " + std::to_string(s.head_dim) + ")") + ", " +
            std::to_string(plan.shared_memory / 1024) + " of " + std::to_string(device.shared_memory_per_block / 1024) +
            " KiB of shared memory a block.";
@@ -130,7 +133,8 @@ std::string explain(const Problem& problem, const DeviceProperties& device, cons
               " heads, whose keys and values share the L2 cache.";
     }
   }
-  if (!plan.plain_score) text += problem.softcap > 0 ? " Scores are capped." : " The scale is not positive: scores are scaled one by one.";
+  if (!plan.plain_score)
+    text += problem.softcap > 0 ? " Scores are capped." : " The scale is not positive: scores are scaled one by one.";
   return text;
 }
 

@@ -3,6 +3,7 @@
 #include "flashcore/tensor.h"
 
 #include <cmath>
+#include <limits>
 
 #include "attention/mask.h"
 #include "core/forward_params.h"
@@ -14,32 +15,46 @@ namespace flashcore {
 std::string to_string(DType dtype) {
   std::string const bits = std::to_string(dtype.bits);
   switch (dtype.kind) {
-    case DTypeKind::none: return "none";
-    case DTypeKind::boolean: return "bool";
-    case DTypeKind::signed_int: return "int" + bits;
-    case DTypeKind::unsigned_int: return "uint" + bits;
-    case DTypeKind::floating: return "float" + bits;
-    case DTypeKind::bfloat: return "bfloat" + bits;
-    case DTypeKind::complex: return "complex" + bits;
-    case DTypeKind::other: break;
+    case DTypeKind::none:
+      return "none";
+    case DTypeKind::boolean:
+      return "bool";
+    case DTypeKind::signed_int:
+      return "int" + bits;
+    case DTypeKind::unsigned_int:
+      return "uint" + bits;
+    case DTypeKind::floating:
+      return "float" + bits;
+    case DTypeKind::bfloat:
+      return "bfloat" + bits;
+    case DTypeKind::complex:
+      return "complex" + bits;
+    case DTypeKind::other:
+      break;
   }
   return "a dtype of " + bits + " bits";
 }
 
 std::string to_string(Device device) {
   switch (device.type) {
-    case DeviceType::cpu: return "cpu";
-    case DeviceType::cuda: return "cuda:" + std::to_string(device.index);
-    case DeviceType::other: break;
+    case DeviceType::cpu:
+      return "cpu";
+    case DeviceType::cuda:
+      return "cuda:" + std::to_string(device.index);
+    case DeviceType::other:
+      break;
   }
   return "another kind of device";
 }
 
 char const* to_string(Backend backend) {
   switch (backend) {
-    case Backend::automatic: return "automatic";
-    case Backend::cpu: return "cpu";
-    case Backend::sm80: return "sm80";
+    case Backend::automatic:
+      return "automatic";
+    case Backend::cpu:
+      return "cpu";
+    case Backend::sm80:
+      return "sm80";
   }
   return "?";
 }
@@ -49,6 +64,12 @@ namespace {
 struct Axes {
   int batch, sequence, heads;
 };
+// batch · length; the largest number where that overflows, which validate() then refuses.
+int64_t total(int64_t batch, int64_t length) {
+  int64_t const most = std::numeric_limits<int64_t>::max();
+  return length > 0 && batch > most / length ? most : batch * length;
+}
+
 Axes axes(Layout layout) { return layout == Layout::bshd ? Axes{0, 1, 2} : Axes{0, 2, 1}; }
 }  // namespace
 
@@ -73,8 +94,8 @@ Sizes sizes(const Problem& problem) {
   s.heads_k = k.shape[heads];
   s.seqlen_q = q.shape[sequence];
   s.seqlen_k = k.shape[sequence];
-  s.total_q = s.batch * s.seqlen_q;
-  s.total_k = s.batch * s.seqlen_k;
+  s.total_q = total(s.batch, s.seqlen_q);
+  s.total_k = total(s.batch, s.seqlen_k);
   s.head_dim = q.shape[3];
   s.head_dim_v = v.shape[3];
   return s;

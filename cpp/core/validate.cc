@@ -61,8 +61,7 @@ void check_dtype(const char* name, const Tensor& t, bool one_of_ours_on_any_devi
                     "; expected float16 or bfloat16, or float32 on the CPU");
   }
   if (!one_of_ours_on_any_device && t.dtype == float32 && t.device.type == DeviceType::cuda) {
-    throw TypeError(std::string(name) +
-                    ": got dtype float32 on " + to_string(t.device) +
+    throw TypeError(std::string(name) + ": got dtype float32 on " + to_string(t.device) +
                     "; expected float16 or bfloat16 on a GPU: cast with .to(bfloat16) or .to(float16)");
   }
 }
@@ -96,14 +95,15 @@ void check_strides(const char* name, const Tensor& t, bool aligned) {
   }
 }
 
-// First byte and one past the last that the elements of a tensor occupy; an empty interval for an empty tensor. In floating
-// point, since extents times strides may pass 64 bits and only far-apart intervals are that large.
+// First byte and one past the last that the elements of a tensor occupy; an empty interval for an empty tensor. In
+// floating point, since extents times strides may pass 64 bits and only far-apart intervals are that large.
 struct Bytes {
   double begin, end;
 };
 Bytes bytes_of(const Tensor& t) {
   if (empty(t) || t.data == nullptr) return {0, 0};
-  // Offsets from the data pointer are exact here below 2^53; two arrays are compared through their pointers' difference.
+  // Offsets from the data pointer are exact here below 2^53; two arrays are compared through their pointers'
+  // difference.
   double low = 0, high = 0;
   for (int i = 0; i < t.ndim; ++i) {
     double const reach = static_cast<double>(t.shape[i] - 1) * static_cast<double>(t.stride[i]);
@@ -126,7 +126,9 @@ bool overlaps_itself(const Tensor& t) {
   for (int i = 0; i < t.ndim; ++i) {
     if (t.shape[i] > 1) order[axes++] = i;
   }
-  auto const magnitude = [&](int i) { return t.stride[i] < 0 ? -static_cast<double>(t.stride[i]) : static_cast<double>(t.stride[i]); };
+  auto const magnitude = [&](int i) {
+    return t.stride[i] < 0 ? -static_cast<double>(t.stride[i]) : static_cast<double>(t.stride[i]);
+  };
   std::sort(order, order + axes, [&](int a, int b) { return magnitude(a) < magnitude(b); });
   double reach = 0;
   for (int i = 0; i < axes; ++i) {
@@ -187,14 +189,16 @@ void check_options(const Problem& problem) {
       refuse("window", "got " + std::to_string(*side) + "; expected numbers of keys, 0 or larger, or None");
     }
   }
-  for (auto const& [name, hint] : {std::pair{"max_seqlen_q", problem.max_seqlen_q}, {"max_seqlen_k", problem.max_seqlen_k}}) {
+  for (auto const& [name, hint] :
+       {std::pair{"max_seqlen_q", problem.max_seqlen_q}, {"max_seqlen_k", problem.max_seqlen_k}}) {
     if (hint && *hint < 0) refuse(name, "got " + std::to_string(*hint) + "; expected 0 or larger");
   }
 }
 
 void check_backend(const Problem& problem) {
   DeviceType const device = problem.query.device.type;
-  bool const fits = problem.backend == Backend::automatic || (problem.backend == Backend::cpu) == (device == DeviceType::cpu);
+  bool const fits =
+      problem.backend == Backend::automatic || (problem.backend == Backend::cpu) == (device == DeviceType::cpu);
   if (!fits) {
     refuse("backend", std::string("got \"") + to_string(problem.backend) + "\" for arrays on " +
                           to_string(problem.query.device) + "; expected " +
@@ -211,7 +215,7 @@ void validate(const Problem& problem) {
     const Tensor& tensor;
   };
   Named const inputs[] = {{"query", problem.query}, {"key", problem.key}, {"value", problem.value}};
-  const char* const axes = varlen                             ? "(total tokens, heads, head_dim)"
+  const char* const axes = varlen                           ? "(total tokens, heads, head_dim)"
                            : problem.layout == Layout::bshd ? "(batch, sequence, heads, head_dim)"
                                                             : "(batch, heads, sequence, head_dim)";
 
@@ -253,7 +257,8 @@ void validate(const Problem& problem) {
     check_extent("key", "batch", k.shape[batch_axis], "query", s.batch);
     check_extent("value", "batch", v.shape[batch_axis], "query", s.batch);
   }
-  check_extent("value", varlen ? "number of tokens" : "sequence length", v.shape[sequence_axis], "key", k.shape[sequence_axis]);
+  check_extent("value", varlen ? "number of tokens" : "sequence length", v.shape[sequence_axis], "key",
+               k.shape[sequence_axis]);
   check_extent("value", "number of heads", v.shape[heads_axis], "key", s.heads_k);
   if (s.heads_k == 0 ? s.heads_q != 0 : s.heads_q % s.heads_k != 0) {
     refuse("key", "has " + std::to_string(s.heads_k) + " heads, query " + std::to_string(s.heads_q) +
@@ -294,10 +299,12 @@ void validate(const Problem& problem) {
     Tensor const& lse = problem.lse;
     if (lse.dtype != float32) throw TypeError("lse: got dtype " + to_string(lse.dtype) + "; expected float32");
     check_device("lse", lse, "query", q);
-    std::vector<int64_t> const shape = varlen ? std::vector{s.heads_q, s.total_q} : std::vector{s.batch, s.heads_q, s.seqlen_q};
+    std::vector<int64_t> const shape =
+        varlen ? std::vector{s.heads_q, s.total_q} : std::vector{s.batch, s.heads_q, s.seqlen_q};
     bool right = lse.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), lse.shape);
     int64_t stride = 1;
-    for (int i = lse.ndim - 1; right && i >= 0; stride *= lse.shape[i--]) right = lse.shape[i] <= 1 || lse.stride[i] == stride;
+    for (int i = lse.ndim - 1; right && i >= 0; stride *= lse.shape[i--])
+      right = lse.shape[i] <= 1 || lse.stride[i] == stride;
     if (!right) {
       refuse("lse", "got shape " + shape_of(lse) + "; expected a contiguous " +
                         (varlen ? "(heads, total tokens)" : "(batch, heads, queries)"));
@@ -337,18 +344,20 @@ void validate(const CombineProblem& problem) {
   auto const check_lse = [&](const std::string& name, const Tensor& t) {
     if (t.dtype != float32) throw TypeError(name + ": got dtype " + to_string(t.dtype) + "; expected float32");
     check_device(name.c_str(), t, "outs[0]", first);
-    bool right = t.ndim == static_cast<int>(lse_shape.size()) && std::equal(lse_shape.begin(), lse_shape.end(), t.shape);
+    bool right =
+        t.ndim == static_cast<int>(lse_shape.size()) && std::equal(lse_shape.begin(), lse_shape.end(), t.shape);
     if (!right) {
       refuse(name, "got shape " + shape_of(t) + " for outs of shape " + shape_of(first) + "; expected " +
                        (varlen ? "(heads, total tokens)" : "(batch, heads, queries)"));
     }
     int64_t stride = 1;
     for (int i = t.ndim - 1; i >= 0; stride *= t.shape[i--]) {
-      if (t.shape[i] > 1 && t.stride[i] != stride && !empty(t)) refuse(name, "is not contiguous; expected a contiguous array");
+      if (t.shape[i] > 1 && t.stride[i] != stride && !empty(t))
+        refuse(name, "is not contiguous; expected a contiguous array");
     }
   };
   for (size_t i = 0; i < parts; ++i) check_out("outs[" + std::to_string(i) + "]", problem.outs[i]);
-  lse_shape = varlen ? std::vector{first.shape[1], first.shape[0]}
+  lse_shape = varlen                           ? std::vector{first.shape[1], first.shape[0]}
               : problem.layout == Layout::bshd ? std::vector{first.shape[0], first.shape[2], first.shape[1]}
                                                : std::vector{first.shape[0], first.shape[1], first.shape[2]};
   int64_t const dim = first.shape[first.ndim - 1];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The MMA atoms of the processor: outer products that keep a block of the result in registers. An atom's lane is 32 bits of
-// the inner dimension: one float, or two bfloat16 that the processor multiplies and adds at once.
+// The MMA atoms of the processor: outer products that keep a block of the result in registers. An atom's lane is 32
+// bits of the inner dimension: one float, or two bfloat16 that the processor multiplies and adds at once.
 #pragma once
 
 #include "cpu/element.h"
@@ -13,7 +13,7 @@
 namespace flashcore::cpu {
 namespace {
 
-constexpr int block_rows = 6;                        // rows of the largest register block
+constexpr int block_rows = 6;                       // rows of the largest register block
 constexpr int panel_width = panel_vectors * lanes;  // and its columns
 
 struct FloatAtom {
@@ -59,13 +59,15 @@ FLASHCORE_HD void outer_products(const typename Atom::Lane* a, const typename At
   }
 }
 
-// The longest sum that the first product keeps in one chain, since the rounding error of a chain grows with its length: rows of
-// more than 128 lanes are summed in parts (a head dimension of 256 would else have 1.7 times the error of torch's SDPA).
+// The longest sum that the first product keeps in one chain, since the rounding error of a chain grows with its length:
+// rows of more than 128 lanes are summed in parts (a head dimension of 256 would else have 1.7 times the error of
+// torch's SDPA).
 FLASHCORE_HD int chain_of(int depth) { return depth > 128 ? 64 : depth; }
 
 // The first product: scores (rows x one panel) = queries (packed, block_rows to a step) · keys (a packed panel).
 template <typename Atom, int rows>
-void score_block(const typename Atom::Lane* queries, const typename Atom::Lane* keys, int depth, float* scores, int stride) {
+void score_block(const typename Atom::Lane* queries, const typename Atom::Lane* keys, int depth, float* scores,
+                 int stride) {
   int const chain = chain_of(depth);
   for (int begin = 0; begin < depth; begin += chain) {
     Vec acc[rows][panel_vectors] = {};
@@ -82,8 +84,8 @@ void score_block(const typename Atom::Lane* queries, const typename Atom::Lane* 
   }
 }
 
-// The second product: out (rows x `vectors`) = ratio · out + weights (row-major, `weight_stride` to a row) · values (a packed
-// panel). Each tile's sum starts from zero, so that no chain is longer than a tile.
+// The second product: out (rows x `vectors`) = ratio · out + weights (row-major, `weight_stride` to a row) · values (a
+// packed panel). Each tile's sum starts from zero, so that no chain is longer than a tile.
 template <int rows, int vectors, int weight_stride>
 void output_block(const float* weights, const float* values, int keys, const float* ratio, float* out, int stride) {
   Vec acc[rows][vectors] = {};

@@ -10,13 +10,13 @@
 
 namespace flashcore::cpu {
 
-// Queries and keys of a tile. A packed tile of keys and one of values, at head dimension 128 64 KiB each in float32, stay in
-// a second-level cache of 256 KiB and more while the queries of a tile pass over them.
+// Queries and keys of a tile. A packed tile of keys and one of values, at head dimension 128 64 KiB each in float32,
+// stay in a second-level cache of 256 KiB and more while the queries of a tile pass over them.
 constexpr int tile_q = 96;
 constexpr int tile_k = 128;
 
-// Runs a problem that has passed validate() and returns when it is done. Work is divided into tiles of plan.tile_q queries.
-// Each query's result has the same bits whatever the number of threads.
+// Runs a problem that has passed validate() and returns when it is done. Work is divided into tiles of plan.tile_q
+// queries. Each query's result has the same bits whatever the number of threads.
 void forward(const ForwardParams& params, DType dtype, const Plan& plan);
 
 // Merges partial results (attention/combine.h).
@@ -25,8 +25,8 @@ void combine(const CombineProblem& problem);
 // The instruction sets that were compiled in, worst first: "baseline", "avx2", "avx512", "avx512bf16".
 std::vector<std::string> compiled_isas();
 
-// The best of them that this processor and its operating system support, or the one that FLASHCORE_CPU_ISA names. Throws
-// RuntimeError where that is not compiled in or not supported.
+// The best of them that this processor and its operating system support, or the one that FLASHCORE_CPU_ISA names.
+// Throws RuntimeError where that is not compiled in or not supported.
 std::string chosen_isa();
 
 // Threads that a call uses, the caller's own included: at first OMP_NUM_THREADS (the first number of a list), else the

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set's copy of the kernel runs. The build defines FLASHCORE_CPU_HAS_AVX2, FLASHCORE_CPU_HAS_AVX512 and
-// FLASHCORE_CPU_HAS_AVX512BF16 as 1 for those that it compiled besides the baseline.
+// Which instruction set's copy of the kernel runs. The build defines FLASHCORE_CPU_HAS_AVX2, FLASHCORE_CPU_HAS_AVX512
+// and FLASHCORE_CPU_HAS_AVX512BF16 as 1 for those that it compiled besides the baseline.
 #include <cstdint>
 #include <cstdlib>
 #include <iterator>
@@ -19,8 +19,8 @@
 #endif
 #endif
 
-#define FLASHCORE_CPU_DECLARE(isa) \
-  namespace isa {                  \
+#define FLASHCORE_CPU_DECLARE(isa)                                            \
+  namespace isa {                                                             \
   void forward_tile(const ForwardParams&, const QueryTile&, Element, float*); \
   }
 
@@ -47,7 +47,8 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   __cpuid(out, 0);
   if (leaf > static_cast<uint32_t>(out[0])) return r;
   __cpuidex(out, static_cast<int>(leaf), static_cast<int>(subleaf));
-  r = {static_cast<uint32_t>(out[0]), static_cast<uint32_t>(out[1]), static_cast<uint32_t>(out[2]), static_cast<uint32_t>(out[3])};
+  r = {static_cast<uint32_t>(out[0]), static_cast<uint32_t>(out[1]), static_cast<uint32_t>(out[2]),
+       static_cast<uint32_t>(out[3])};
 #else
   if (!__get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx)) return {};
 #endif
@@ -79,9 +80,7 @@ bool system_saves(uint32_t parts) {
   return has_avx2() && has(cpuid(7, 0).ebx, f | dq | bw | vl) && system_saves(0xe6);  // and masks, ZMM
 }
 
-[[maybe_unused]] bool has_avx512bf16() {
-  return has_avx512() && cpuid(7, 0).eax >= 1 && has(cpuid(7, 1).eax, 1u << 5);
-}
+[[maybe_unused]] bool has_avx512bf16() { return has_avx512() && cpuid(7, 0).eax >= 1 && has(cpuid(7, 1).eax, 1u << 5); }
 #endif
 
 constexpr Isa isas[] = {
@@ -117,7 +116,8 @@ const Isa& choose() {
   for (const Isa& isa : isas) {
     if (std::string_view(forced) != isa.name) continue;
     if (isa.supported()) return isa;
-    throw RuntimeError("FLASHCORE_CPU_ISA: got \"" + std::string(forced) + "\", which this processor does not support; it has " +
+    throw RuntimeError("FLASHCORE_CPU_ISA: got \"" + std::string(forced) +
+                       "\", which this processor does not support; it has " +
                        listed([](const Isa& i) { return i.supported(); }));
   }
   throw RuntimeError("FLASHCORE_CPU_ISA: got \"" + std::string(forced) + "\", expected one of " +

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The element types float16 and bfloat16 on the processor: their conversion to and from float32, one and many at a time.
-// Exact for subnormals, infinities and NaN, and rounding to nearest even, whatever the instruction set.
+// The element types float16 and bfloat16 on the processor: their conversion to and from float32, one and many at a
+// time. Exact for subnormals, infinities and NaN, and rounding to nearest even, whatever the instruction set.
 #pragma once
 
 #include <cstdint>
@@ -61,19 +61,21 @@ FLASHCORE_HD void from_float(float x, Half& y) {
   // Below 2^-14: adding 1/2 leaves a multiple of 2^-24 in the low bits, rounded by the addition.
   uint32_t const tiny = bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
   uint32_t const special = magnitude > 0x7f800000 ? 0x7e00 | ((magnitude >> 13) & 0x3ff) : 0x7c00;
-  uint32_t const result = magnitude >= 0x477ff000 ? special : magnitude < 0x38800000 ? tiny : normal;  // 65520: infinity
+  uint32_t const result = magnitude >= 0x477ff000  ? special
+                          : magnitude < 0x38800000 ? tiny
+                                                   : normal;  // 65520: infinity
   y.bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000));
 }
 
 // n elements to float32.
 template <typename T>
-FLASHCORE_HD void widen(const T* from, int n, float* to) {
+FLASHCORE_HD void widen(const T* __restrict from, int n, float* __restrict to) {
   for (int i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
 // n float32 times `factor` to elements.
 template <typename T>
-FLASHCORE_HD void narrow(const float* from, float factor, int n, T* to) {
+FLASHCORE_HD void narrow(const float* __restrict from, float factor, int n, T* __restrict to) {
   for (int i = 0; i < n; ++i) from_float(from[i] * factor, to[i]);
 }
 
@@ -90,7 +92,8 @@ FLASHCORE_HD void narrow(const float* from, float factor, int n, Half* to) {
   int i = 0;
   for (; i + 8 <= n; i += 8) {
     __m256 const x = _mm256_mul_ps(_mm256_loadu_ps(from + i), _mm256_set1_ps(factor));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   for (; i < n; ++i) from_float(from[i] * factor, to[i]);
 }

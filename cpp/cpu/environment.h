@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The floating-point environment of a task. A caller may have asked for subnormals to be flushed to zero
-// (torch.set_flush_denormal) on its own thread, and the same call must give the same bits whichever thread takes a task.
+// (torch.set_flush_denormal) on its own thread, and the same call must give the same bits whichever thread takes a
+// task.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)

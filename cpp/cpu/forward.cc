@@ -15,7 +15,8 @@
 namespace flashcore::cpu {
 namespace {
 
-// The tiles of one sequence that hold the queries [q_begin, q_begin + queries), one for each key head and each part of its group.
+// The tiles of one sequence that hold the queries [q_begin, q_begin + queries), one for each key head and each part of
+// its group.
 struct Slice {
   int sequence;
   int q_begin, queries;
@@ -70,7 +71,8 @@ void clear_rest(const ForwardParams& p, int64_t element_bytes) {
   for (int head = 0; head < p.heads_q; ++head) {
     for (int64_t row = begin; row < p.seqlen_q; ++row) {
       int64_t const offset = row * p.o.row_stride + head * p.o.head_stride;
-      std::memset(static_cast<char*>(p.o.data) + offset * element_bytes, 0, static_cast<size_t>(p.head_dim * element_bytes));
+      std::memset(static_cast<char*>(p.o.data) + offset * element_bytes, 0,
+                  static_cast<size_t>(p.head_dim * element_bytes));
       if (p.lse) p.lse[int64_t{head} * p.seqlen_q + row] = minus_infinity();
     }
   }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward kernel of one tile of queries, compiled once for each instruction set (FLASHCORE_CPU_NAMESPACE names it).
 //
-// Everything but the entry point has internal linkage, and nothing of the standard library is instantiated: the linker keeps
-// one copy of a weak symbol, and a copy made of AVX-512 instructions must not be what an older processor runs.
+// Everything but the entry point has internal linkage, and nothing of the standard library is instantiated: the linker
+// keeps one copy of a weak symbol, and a copy made of AVX-512 instructions must not be what an older processor runs.
 #include "attention/mask.h"
 #include "attention/score.h"
 #include "attention/softmax.h"
@@ -30,9 +30,9 @@ FLASHCORE_HD Vec transform(const Score& score, Vec s) {
   }
 }
 
-// One row of scores becomes weights 2^(factor · (s − max)), those outside [first, end) zero; `row` takes in the maximum and
-// the sum. Returns what the row's output so far must be multiplied by. The maximum is subtracted before the factor comes in,
-// so that the largest score has a weight of exactly 1.
+// One row of scores becomes weights 2^(factor · (s − max)), those outside [first, end) zero; `row` takes in the maximum
+// and the sum. Returns what the row's output so far must be multiplied by. The maximum is subtracted before the factor
+// comes in, so that the largest score has a weight of exactly 1.
 template <bool masked, typename Score>
 FLASHCORE_HD float softmax_row(const Score& score, float* scores, Span span, int first, int end, SoftmaxRow& row) {
   Vec const nothing = splat(minus_infinity());
@@ -71,21 +71,23 @@ FLASHCORE_HD float softmax_row(const Score& score, float* scores, Span span, int
 FLASHCORE_HD int block_height(int rows) { return rows > 3 ? 6 : rows > 1 ? 3 : 1; }
 
 template <typename Atom>
-void scores_of_block(int height, const typename Atom::Lane* queries, const typename Atom::Lane* keys, int depth, float* scores) {
+void scores_of_block(int height, const typename Atom::Lane* queries, const typename Atom::Lane* keys, int depth,
+                     float* scores) {
   if (height == 6) return score_block<Atom, 6>(queries, keys, depth, scores, tile_k);
   if (height == 3) return score_block<Atom, 3>(queries, keys, depth, scores, tile_k);
   return score_block<Atom, 1>(queries, keys, depth, scores, tile_k);
 }
 
 template <int vectors>
-void output_of_block(int height, const float* weights, const float* values, int keys, const float* ratio, float* out, int stride) {
+void output_of_block(int height, const float* weights, const float* values, int keys, const float* ratio, float* out,
+                     int stride) {
   if (height == 6) return output_block<6, vectors, tile_k>(weights, values, keys, ratio, out, stride);
   if (height == 3) return output_block<3, vectors, tile_k>(weights, values, keys, ratio, out, stride);
   return output_block<1, vectors, tile_k>(weights, values, keys, ratio, out, stride);
 }
 
-void output_of_block(int vectors, int height, const float* weights, const float* values, int keys, const float* ratio, float* out,
-                     int stride) {
+void output_of_block(int vectors, int height, const float* weights, const float* values, int keys, const float* ratio,
+                     float* out, int stride) {
   static_assert(panel_vectors == 2 || panel_vectors == 4);
   if (vectors == 1) return output_of_block<1>(height, weights, values, keys, ratio, out, stride);
   if (vectors == 2) return output_of_block<2>(height, weights, values, keys, ratio, out, stride);
@@ -185,11 +187,12 @@ struct Forward {
     int const begin = mask.first_key(query_of(row)) - first_key;
     int const end = mask.end_key(query_of(min_of(row + height, rows) - 1)) - first_key;
     if (end <= 0 || begin >= packed_keys || begin >= end) return {0, 0};
-    return {max_of(begin, 0) / panel_width * panel_width, min_of(ceil_div(end, panel_width) * panel_width, packed_keys)};
+    return {max_of(begin, 0) / panel_width * panel_width,
+            min_of(ceil_div(end, panel_width) * panel_width, packed_keys)};
   }
 
-  // Rows [row, row + strip_rows) with the packed tile of keys, which begins at first_key. Panels of keys and of values pass
-  // through the first-level cache once for the strip, whose scores stay there.
+  // Rows [row, row + strip_rows) with the packed tile of keys, which begins at first_key. Panels of keys and of values
+  // pass through the first-level cache once for the strip, whose scores stay there.
   template <bool masked>
   void strip(int row, int first_key) {
     constexpr int blocks = strip_rows / block_rows;
@@ -227,9 +230,9 @@ struct Forward {
       int const width = min_of(panel_width, out_stride - c);
       for (int b = 0; b < count; ++b) {
         if (span[b].begin == span[b].end) continue;
-        output_of_block(width / lanes, height[b], scores + b * block_rows * tile_k + span[b].begin, panel + span[b].begin * width,
-                        span[b].end - span[b].begin, ratio + b * block_rows, out + (row + b * block_rows) * out_stride + c,
-                        out_stride);
+        output_of_block(width / lanes, height[b], scores + b * block_rows * tile_k + span[b].begin,
+                        panel + span[b].begin * width, span[b].end - span[b].begin, ratio + b * block_rows,
+                        out + (row + b * block_rows) * out_stride + c, out_stride);
       }
       panel += packed_keys * width;
     }

@@ -33,7 +33,8 @@ using ForwardTile = void (*)(const ForwardParams&, const QueryTile&, Element, fl
 // largest head dimension: 0.5 MiB.
 constexpr int max_head_dim = 256;
 constexpr int strip_rows = 24;
-constexpr int64_t scratch_floats = int64_t{2} * tile_q * max_head_dim + int64_t{2} * tile_k * max_head_dim + strip_rows * tile_k;
+constexpr int64_t scratch_floats =
+    int64_t{2} * tile_q * max_head_dim + int64_t{2} * tile_k * max_head_dim + strip_rows * tile_k;
 
 struct Isa {
   const char* name;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a tile of queries, keys or values is laid out for the atoms: in panels as wide as a register block, each step of the
-// inner dimension beside the next. Rows that the tile has not are zeros, so that what lies behind them in memory never matters.
+// How a tile of queries, keys or values is laid out for the atoms: in panels as wide as a register block, each step of
+// the inner dimension beside the next. Rows that the tile has not are zeros, so that what lies behind them in memory
+// never matters.
 #pragma once
 
 #include "cpu/atoms.h"
@@ -10,8 +11,8 @@ namespace {
 
 constexpr int largest_row = 256;  // elements of the largest head dimension
 
-// A row as an atom's lanes, `depth` of them: elements widened to float32, or pairs of bfloat16 as they are. float32 rows are
-// used where they lie; others go through `room`.
+// A row as an atom's lanes, `depth` of them: elements widened to float32, or pairs of bfloat16 as they are. float32
+// rows are used where they lie; others go through `room`.
 template <typename Atom>
 struct Row;
 
@@ -82,29 +83,27 @@ void pack_keys(const T* keys, int64_t stride, int count, int head_dim, typename 
   }
 }
 
-// Values [0, count), filled with zeros to whole panels of keys, as panels of panel_width columns (the last as narrow as whole
-// vectors allow): to[panel][key][column].
+// Values [0, count), filled with zeros to whole panels of keys, as panels of panel_width columns (the last as narrow as
+// whole vectors allow): to[panel][key][column].
 template <typename T>
 void pack_values(const T* values, int64_t stride, int count, int head_dim, float* to) {
   int const columns = ceil_div(head_dim, lanes) * lanes;
   int const keys = ceil_div(count, panel_width) * panel_width;
-  float room[largest_row];
-  for (int k = 0; k < keys; ++k) {
-    const float* row = room;
-    if (k >= count) {
-      for (int d = 0; d < columns; ++d) room[d] = 0.0f;
-    } else if (head_dim == columns) {
-      row = Row<FloatAtom>::lanes_of(values + k * stride, head_dim, room);
-    } else {
-      widen(values + k * stride, head_dim, room);
-      for (int d = head_dim; d < columns; ++d) room[d] = 0.0f;
-    }
+  int const whole = head_dim / panel_width * panel_width;
+  for (int k = 0; k < count; ++k) {
+    const T* const row = values + k * stride;
     float* panel = to;
-    for (int c = 0; c < columns; c += panel_width) {
-      int const width = min_of(panel_width, columns - c);
-      for (int d = 0; d < width; d += lanes) store(panel + k * width + d, load(row + c + d));
-      panel += keys * width;
+    for (int c = 0; c < whole; c += panel_width) {
+      widen(row + c, panel_width, panel + k * panel_width);
+      panel += keys * panel_width;
     }
+    int const width = columns - whole;
+    widen(row + whole, head_dim - whole, panel + k * width);
+    for (int d = head_dim - whole; d < width; ++d) panel[k * width + d] = 0.0f;
+  }
+  for (int c = 0; c < columns; c += panel_width) {
+    int const width = min_of(panel_width, columns - c);
+    for (int i = count * width; i < keys * width; ++i) to[keys * c + i] = 0.0f;
   }
 }
 

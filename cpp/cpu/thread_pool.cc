@@ -69,8 +69,8 @@ class Pool {
   }
 
  private:
-  // Has as many workers as `wanted`, if the system lets us, and returns how many of those there are. They are never joined: they
-  // sleep until the process ends, and the pool is never destroyed.
+  // Has as many workers as `wanted`, if the system lets us, and returns how many of those there are. They are never
+  // joined: they sleep until the process ends, and the pool is never destroyed.
   int start_workers(int wanted) {
     try {
       for (; workers_ < wanted; ++workers_) std::thread(&Pool::wait_for_work, this).detach();
@@ -109,7 +109,7 @@ class Pool {
     inside_a_loop = false;
   }
 
-  std::mutex turn_;  // held by the caller whose loop runs
+  std::mutex turn_;   // held by the caller whose loop runs
   std::mutex mutex_;  // guards what follows; the loop's description changes only while no worker works
   std::condition_variable wake_, done_;
   int workers_ = 0;  // threads started
@@ -124,13 +124,14 @@ class Pool {
 
 std::atomic<Pool*> current_pool{nullptr};
 
-// The pool, made at first use. A forked child has none of its parent's threads and locks in whatever state they were in: it
-// forgets the parent's pool and makes its own.
+// The pool, made at first use. A forked child has none of its parent's threads and locks in whatever state they were
+// in: it forgets the parent's pool and makes its own.
 Pool& pool() {
   Pool* existing = current_pool.load(std::memory_order_acquire);
   if (existing) return *existing;
 #if !defined(_WIN32)
-  static int const registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr, std::memory_order_release); });
+  static int const registered =
+      pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr, std::memory_order_release); });
   static_cast<void>(registered);
 #endif
   auto* const made = new Pool;

@@ -25,7 +25,7 @@ struct CombineParams {
   void* out;
   float* lse;
   int64_t out_batch, out_row, out_head;
-  int64_t rows;     // batch · heads · queries
+  int64_t rows;  // batch · heads · queries
   int64_t queries;
   int heads, head_dim, count;
 };
@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(32 * warps) combine_kernel(__grid_constant__ C
       float const weight = part_weight(part.lse[row], max_lse);
       if (weight == 0.0f) continue;  // saw no key: its output counts for nothing, whatever it holds
       total += weight;
-      Element const* const out = static_cast<Element const*>(part.out) + sequence * part.batch + head * part.head + query * part.row;
+      Element const* const out =
+          static_cast<Element const*>(part.out) + sequence * part.batch + head * part.head + query * part.row;
 #pragma unroll
       for (int e = 0; e < elements; ++e) {
         if (lane + 32 * e < p.head_dim) sum[e] += weight * to_float(out[lane + 32 * e]);
@@ -101,9 +102,12 @@ void combine(const CombineProblem& problem) {
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   int64_t const wanted = (p.rows + warps - 1) / warps;
   auto const blocks = static_cast<unsigned>(wanted < 1 << 20 ? wanted : 1 << 20);
-  if (first.dtype == float32) combine_kernel<float><<<blocks, 32 * warps, 0, stream>>>(p);
-  else if (first.dtype == float16) combine_kernel<__half><<<blocks, 32 * warps, 0, stream>>>(p);
-  else combine_kernel<__nv_bfloat16><<<blocks, 32 * warps, 0, stream>>>(p);
+  if (first.dtype == float32)
+    combine_kernel<float><<<blocks, 32 * warps, 0, stream>>>(p);
+  else if (first.dtype == float16)
+    combine_kernel<__half><<<blocks, 32 * warps, 0, stream>>>(p);
+  else
+    combine_kernel<__nv_bfloat16><<<blocks, 32 * warps, 0, stream>>>(p);
   cuda_check(cudaGetLastError(), "launching the combine kernel");
 }
 

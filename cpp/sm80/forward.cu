@@ -18,11 +18,10 @@ namespace {
 
 template <class Element>
 bool run(ForwardParams const& params, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM80_TILE(D, Q, K, W, S)                                                     \
-  if (plan.head_dim == D && plan.tile_q == Q && plan.tile_k == K) {                            \
-    plan.plain_score ? run_forward<ForwardConfig<Element, D, Q, K, W, S, true>>(params, plan, stream)  \
-                     : run_forward<ForwardConfig<Element, D, Q, K, W, S, false>>(params, plan, stream); \
-    return true;                                                                               \
+#define FLASHCORE_SM80_TILE(D, Q, K, W, S, plain)                                                \
+  if (plan.head_dim == D && plan.tile_q == Q && plan.tile_k == K && plan.plain_score == plain) { \
+    run_forward<ForwardConfig<Element, D, Q, K, W, S, plain>>(params, plan, stream);             \
+    return true;                                                                                 \
   }
 #include "sm80/tiles.inc"
 #undef FLASHCORE_SM80_TILE

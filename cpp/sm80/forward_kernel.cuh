@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward kernel for compute capability 8.0 and later: one block computes one tile of queries of one head, walking over
-// the tiles of keys from the last visible to the first, FlashAttention-2's order of work (Dao, arXiv:2307.08691).
+// The forward kernel for compute capability 8.0 and later: one block computes one tile of queries of one head, walking
+// over the tiles of keys from the last visible to the first, FlashAttention-2's order of work (Dao, arXiv:2307.08691).
 //
 // Per tile of keys: S = Q Kᵀ on the tensor cores, the online softmax on S in registers, O += P V with P packed from the
 // registers that held S. Keys and values come through cp.async into shared memory while the other product runs.
@@ -17,8 +17,8 @@
 
 namespace flashcore::sm80 {
 
-// What the kernel is compiled for. Each of `warps` warps owns tile_q / warps rows of queries. With one stage a tile of keys
-// loads while the values' product runs and the other way round; with two both load one tile ahead.
+// What the kernel is compiled for. Each of `warps` warps owns tile_q / warps rows of queries. With one stage a tile of
+// keys loads while the values' product runs and the other way round; with two both load one tile ahead.
 template <class Element_, int head_dim_, int tile_q_, int tile_k_, int warps_, int stages_, bool plain_score_>
 struct ForwardConfig {
   using Element = Element_;
@@ -32,12 +32,14 @@ struct ForwardConfig {
   static constexpr int q_bytes = tile_q * Tile::row_bytes, kv_bytes = tile_k * Tile::row_bytes;
   static constexpr int shared_memory = q_bytes + 2 * stages * kv_bytes;
 
-  // Up to head dimension 64 there are registers left for the queries' operands, which then are read from shared memory once.
+  // Up to head dimension 64 there are registers left for the queries' operands, which then are read from shared memory
+  // once.
   static constexpr bool q_in_registers = head_dim <= 64 && tile_k <= 64;
 };
 
 // The part of a tile's loading that one thread does: one chunk of 16 bytes in every group of chunks of every
-// rows_a_pass-th row. Its chunks keep their place in the permutation, so that all its addresses are one base plus constants.
+// rows_a_pass-th row. Its chunks keep their place in the permutation, so that all its addresses are one base plus
+// constants.
 template <class Config>
 struct TileCopy {
   using Tile = typename Config::Tile;
@@ -51,8 +53,8 @@ struct TileCopy {
   __device__ explicit TileCopy(int thread)
       : row(thread / Tile::group), chunk(thread % Tile::group), offset(Tile::offset(row, chunk)) {}
 
-  // Loads `rows` rows; with `bounded` those from `end` on are cleared. So are the columns past `head_dim`. `source` is this
-  // thread's place in the first row.
+  // Loads `rows` rows; with `bounded` those from `end` on are cleared. So are the columns past `head_dim`. `source` is
+  // this thread's place in the first row.
   template <int rows, bool bounded>
   __device__ __forceinline__ void load(uint32_t shared, typename Config::Element const* source, int64_t stride, int end,
                                        int head_dim) const {
@@ -79,16 +81,20 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// The same value, but nothing derived from it is hoisted out of a loop: the kernel is short of registers, and an address
-// recomputed in each iteration is cheaper than one spilled to local memory (which both compilers' passes would choose).
+// The same value, but nothing derived from it is hoisted out of a loop: the kernel is short of registers, and an
+// address recomputed in each iteration is cheaper than one spilled to local memory (which both compilers' passes would
+// choose).
 template <class T>
 __device__ __forceinline__ T opaque(T x) {
-  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
-  else asm volatile("" : "+r"(x));
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(x));
+  else
+    asm volatile("" : "+r"(x));
   return x;
 }
 
-// blockIdx.x and threadIdx.x, read anew at every call: what is derived from them need not stay in registers over a loop.
+// blockIdx.x and threadIdx.x, read anew at every call: what is derived from them need not stay in registers over a
+// loop.
 __device__ __forceinline__ uint32_t block_index() {
   uint32_t index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
@@ -100,9 +106,9 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
-// The rows and operands of one lane. Its warp's first row in the tile of queries is `row`; it reads queries as left operand
-// (two matrices down, two to the right), keys as right operand (two to the right, two down) and values as transposed right
-// operand (two down, two to the right), at these offsets in their tiles.
+// The rows and operands of one lane. Its warp's first row in the tile of queries is `row`; it reads queries as left
+// operand (two matrices down, two to the right), keys as right operand (two to the right, two down) and values as
+// transposed right operand (two down, two to the right), at these offsets in their tiles.
 template <class Config>
 struct Lane {
   int lane, row;
@@ -175,7 +181,8 @@ __global__ void __launch_bounds__(Config::threads)
 
   if (range.begin < range.end) {
     // Only the last tile of keys can be ragged, and it is the first to be loaded.
-    copy.template load<tile_q, true>(shared_q, place(p.q, work.head, work.q_begin + q_first + copy.row) + copy.chunk * 8,
+    copy.template load<tile_q, true>(shared_q,
+                                     place(p.q, work.head, work.q_begin + q_first + copy.row) + copy.chunk * 8,
                                      p.q.row_stride, q_rows, p.head_dim);
     load_keys(0, std::true_type{});
     if constexpr (stages == 1) copy_commit();
@@ -189,10 +196,12 @@ __global__ void __launch_bounds__(Config::threads)
     int const stage = stages == 1 ? 0 : (range.end - 1 - tile) & 1;
     uint32_t const shared_k = shared_kv + 2 * stage * Config::kv_bytes;
     Lane<Config> const lane(thread_index());
-    uint32_t const from_q = shared_q + lane.q(), from_k = shared_k + lane.k(), from_v = shared_k + Config::kv_bytes + lane.v();
+    uint32_t const from_q = shared_q + lane.q(), from_k = shared_k + lane.k(),
+                   from_v = shared_k + Config::kv_bytes + lane.v();
 
     copy_wait_all();
-    __syncthreads();  // the tile's keys are here (two stages: values too), and all warps are done with the tile before it
+    __syncthreads();  // the tile's keys are here (two stages: values too), and all warps are done with the tile before
+                      // it
     if constexpr (stages == 2) {
       if (more) {
         load_keys(stage ^ 1, std::false_type{});
@@ -235,15 +244,17 @@ __global__ void __launch_bounds__(Config::threads)
     }
 
     if constexpr (!Config::Score::plain) {
+      score.transform_all([&](auto transform) {
 #pragma unroll
-      for (int n = 0; n < tile_k / 8; ++n) {
+        for (int n = 0; n < tile_k / 8; ++n) {
 #pragma unroll
-        for (int m = 0; m < slices; ++m) {
+          for (int m = 0; m < slices; ++m) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) s[m][n][i] = score.transform(s[m][n][i]);
+            for (int i = 0; i < 4; ++i) s[m][n][i] = transform(s[m][n][i]);
+          }
+          __syncwarp();  // keeps the assembler from working on so many scores at once that registers spill
         }
-        __syncwarp();  // keeps the assembler from working on so many scores at once that registers spill
-      }
+      });
     }
 
     if (tile < range.full_begin || tile >= range.full_end) {  // a tile that not all queries see whole
@@ -293,7 +304,8 @@ __global__ void __launch_bounds__(Config::threads)
       }
     }
 
-    // Weights of 16 keys at a time, and O += P V with them: the next weights are computed while the tensor cores multiply.
+    // Weights of 16 keys at a time, and O += P V with them: the next weights are computed while the tensor cores
+    // multiply.
 #pragma unroll
     for (int n = 0; n < tile_k / 16; ++n) {
       uint32_t weights[slices][4];
@@ -323,8 +335,8 @@ __global__ void __launch_bounds__(Config::threads)
     }
   }
 
-  // Divide by the sums. The result goes through shared memory, where each warp only touches rows of its own: the queries'
-  // place is free once the warp is past its last product with them.
+  // Divide by the sums. The result goes through shared memory, where each warp only touches rows of its own: the
+  // queries' place is free once the warp is past its last product with them.
   scheduler.work(p, block_index(), work);
   q_first = work.tile * tile_q;
   q_rows = min_of(tile_q, work.seqlen_q - q_first);
@@ -371,7 +383,8 @@ void run_forward(ForwardParams const& params, Plan const& plan, cudaStream_t str
   TileScheduler const scheduler{Config::tile_q, plan.heads_per_section};
   // The score is a parameter, made on the host, so that its numbers are operands in constant memory.
   auto const score = Config::Score::make(params.scale, params.softcap);
-  kernel<<<static_cast<unsigned>(plan.blocks), Config::threads, Config::shared_memory, stream>>>(params, scheduler, score);
+  kernel<<<static_cast<unsigned>(plan.blocks), Config::threads, Config::shared_memory, stream>>>(params, scheduler,
+                                                                                                 score);
   cuda_check(cudaGetLastError(), "launching the sm80 kernel");
 }
 

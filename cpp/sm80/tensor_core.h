@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp's tensor-core products and how their operands lie in shared memory and registers.
 //
-// The atom multiplies 16 x 16 by 16 x 8 and adds to 16 x 8 (cute::SM80_16x8x16_…, PTX mma.m16n8k16). Lane l of the warp holds
-//   of an accumulator   rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next:  {(r, c), (r, c + 1), (r + 8, c), (r + 8, c + 1)}
-//   of a left operand   the same of two accumulators side by side, packed in pairs: four registers
-//   of a right operand  two registers of column l / 4.
+// The atom multiplies 16 x 16 by 16 x 8 and adds to 16 x 8 (cute::SM80_16x8x16_…, PTX mma.m16n8k16). Lane l of the warp
+// holds
+//   of an accumulator   rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next:  {(r, c), (r, c + 1), (r + 8, c), (r
+//   + 8, c + 1)} of a left operand   the same of two accumulators side by side, packed in pairs: four registers of a
+//   right operand  two registers of column l / 4.
 // So two accumulators of the first product, packed, are one left operand of the second.
 #pragma once
 
@@ -58,15 +59,16 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
 
 // 16 bytes from global to shared memory, asynchronously; zeros where not `wanted`.
 __device__ __forceinline__ void copy_async(uint32_t target, void const* source, bool wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(wanted ? 16 : 0));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(wanted ? 16 : 0));
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;"); }
 __device__ __forceinline__ void copy_wait_all() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// A tile of rows of `head_dim` 2-byte elements in shared memory, in chunks of 16 bytes. The chunks of a row are permuted by an
-// exclusive or with bits of the row's number, so that the same chunk of eight consecutive rows lies in eight different sets of
-// banks: rows of a multiple of 128 bytes take the three low bits; rows of 64 or 192 bytes, of which every second one starts in
-// the middle of the banks, bits 1 and 2.
+// A tile of rows of `head_dim` 2-byte elements in shared memory, in chunks of 16 bytes. The chunks of a row are
+// permuted by an exclusive or with bits of the row's number, so that the same chunk of eight consecutive rows lies in
+// eight different sets of banks: rows of a multiple of 128 bytes take the three low bits; rows of 64 or 192 bytes, of
+// which every second one starts in the middle of the banks, bits 1 and 2.
 template <int head_dim>
 struct SharedTile {
   static constexpr int row_bytes = 2 * head_dim;

@@ -24,8 +24,8 @@ void validate(const CombineProblem& problem);
 // and synchronizes the stream, so it is illegal while capturing a graph. Throws ValueError that names the sequence.
 void check_values(const Problem& problem);
 
-// Chooses kernel, tiles and grid. A pure function; the problem has passed validate(). Throws RuntimeError for a GPU that
-// this build has no code for, ValueError for a forced backend that cannot run the problem.
+// Chooses kernel, tiles and grid. A pure function; the problem has passed validate(). Throws RuntimeError for a GPU
+// that this build has no code for, ValueError for a forced backend that cannot run the problem.
 Plan plan(const Problem& problem, const DeviceProperties& device);
 
 // Runs the plan on the problem's device and stream: asynchronous on CUDA, complete on return on the CPU. Allocates
@@ -33,8 +33,8 @@ Plan plan(const Problem& problem, const DeviceProperties& device);
 void launch(const Problem& problem, const Plan& plan, void* workspace = nullptr);
 void launch(const CombineProblem& problem);
 
-// validate, check_values (CPU arrays, or FLASHCORE_CHECK=1), plan and launch in one call, for problems whose plan needs no
-// workspace (all of them at present).
+// validate, check_values (CPU arrays, or FLASHCORE_CHECK=1), plan and launch in one call, for problems whose plan needs
+// no workspace (all of them at present).
 void attention(const Problem& problem);
 
 // Whether FLASHCORE_CHECK=1 asks for check_values on CUDA arrays.
@@ -42,13 +42,13 @@ bool check_requested();
 
 // Facts about this build and process, for info().
 struct BuildInfo {
-  bool cuda = false;                      // built with CUDA code
-  std::vector<std::string> cuda_archs;    // "sm_80", "sm_90", "compute_80"; from the build
-  int cuda_runtime_version = 0;           // 13000, ...; 0 without CUDA
-  int cuda_driver_version = 0;            // what the installed driver supports; 0 without a driver
-  std::string cuda_problem;               // why CUDA devices cannot be used although some may be there; else empty
-  std::vector<std::string> cpu_isas;      // compiled in, worst first: "baseline", "avx2", "avx512", "avx512bf16"
-  std::string cpu_isa;                    // chosen for this processor (or by FLASHCORE_CPU_ISA)
+  bool cuda = false;                    // built with CUDA code
+  std::vector<std::string> cuda_archs;  // "sm_80", "sm_90", "compute_80"; from the build
+  int cuda_runtime_version = 0;         // 13000, ...; 0 without CUDA
+  int cuda_driver_version = 0;          // what the installed driver supports; 0 without a driver
+  std::string cuda_problem;             // why CUDA devices cannot be used although some may be there; else empty
+  std::vector<std::string> cpu_isas;    // compiled in, worst first: "baseline", "avx2", "avx512", "avx512bf16"
+  std::string cpu_isa;                  // chosen for this processor (or by FLASHCORE_CPU_ISA)
 };
 BuildInfo build_info();
 

@@ -15,8 +15,8 @@ namespace flashcore {
 struct DeviceProperties {
   std::string name;  // "h100", or what the driver calls it
   DeviceType type = DeviceType::cpu;
-  int compute_capability = 0;  // major * 10 + minor; 0 on the CPU
-  int units = 1;               // streaming multiprocessors, or threads of the CPU
+  int compute_capability = 0;       // major * 10 + minor; 0 on the CPU
+  int units = 1;                    // streaming multiprocessors, or threads of the CPU
   int shared_memory_per_block = 0;  // bytes a block may opt in to
   int shared_memory_per_unit = 0;   // bytes a multiprocessor has
   int64_t l2_bytes = 0;
@@ -37,17 +37,17 @@ int cuda_device_count();
 // What a call would run. A plain value: the same problem and device give the same plan.
 struct Plan {
   Backend backend = Backend::cpu;
-  const char* kernel = "";   // "sm80_forward", "cpu_forward"
-  int head_dim = 0;          // the head dimension of the kernel's instance: the problem's, or the next larger one
-  int tile_q = 0;            // queries and
-  int tile_k = 0;            // keys of one tile
-  int threads = 0;           // of a block, or of the CPU
-  bool plain_score = true;   // no softcap and a positive scale: the scores go to the softmax as they are
-  int64_t blocks = 0;        // of the grid, or tasks on the CPU
-  int splits = 1;            // parts that the keys are divided into
-  int heads_per_section = 1; // (batch, head) pairs whose tiles are scheduled together, longest tile first
-  int shared_memory = 0;     // bytes a block
-  int64_t workspace = 0;     // bytes that the caller brings to launch()
+  const char* kernel = "";    // "sm80_forward", "cpu_forward"
+  int head_dim = 0;           // the head dimension of the kernel's instance: the problem's, or the next larger one
+  int tile_q = 0;             // queries and
+  int tile_k = 0;             // keys of one tile
+  int threads = 0;            // of a block, or of the CPU
+  bool plain_score = true;    // no softcap and a positive scale: the scores go to the softmax as they are
+  int64_t blocks = 0;         // of the grid, or tasks on the CPU
+  int splits = 1;             // parts that the keys are divided into
+  int heads_per_section = 1;  // (batch, head) pairs whose tiles are scheduled together, longest tile first
+  int shared_memory = 0;      // bytes a block
+  int64_t workspace = 0;      // bytes that the caller brings to launch()
 
   friend bool operator==(const Plan&, const Plan&) = default;
 };

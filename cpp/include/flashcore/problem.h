@@ -25,7 +25,8 @@ struct Problem {
   Tensor key;    // as query; heads_k divides heads_q (grouped-query attention)
   Tensor value;  // as key, its last extent being head_dim_v
   Tensor out;    // as query, its last extent being head_dim_v; absent while only validating or planning
-  Tensor lse;    // optional: float32, contiguous, (batch, heads_q, seqlen_q) or (heads_q, total_q): natural-log log-sum-exp
+  Tensor
+      lse;  // optional: float32, contiguous, (batch, heads_q, seqlen_q) or (heads_q, total_q): natural-log log-sum-exp
 
   // Variable-length problems: int32, contiguous, on the device of the arrays.
   Tensor cu_seqlens_q;  // (sequences + 1): starts at 0, never decreases
