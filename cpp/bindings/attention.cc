@@ -5,6 +5,7 @@
 #include "arrays.h"
 #include "bind.h"
 #include "flashcore/flashcore.h"
+#include "gil.h"
 #include "options.h"
 
 namespace flashcore {
@@ -20,8 +21,7 @@ nb::object run(Problem& problem, Arrays& arrays, nb::handle out, bool return_lse
   validate(problem);
   Device const device = problem.query.device;
   if (problem.varlen() && (device.type == DeviceType::cpu || check_requested())) {
-    nb::gil_scoped_release release;
-    check_values(problem);
+    without_gil([&] { check_values(problem); });
   }
   Plan const chosen = plan(problem, device_properties(device));
 
@@ -43,10 +43,7 @@ nb::object run(Problem& problem, Arrays& arrays, nb::handle out, bool return_lse
   }
   if (chosen.workspace > 0) workspace = arrays.allocate(DType{DTypeKind::unsigned_int, 8}, 1, &chosen.workspace);
 
-  {
-    nb::gil_scoped_release release;
-    launch(problem, chosen, workspace.tensor.data);
-  }
+  without_gil([&] { launch(problem, chosen, workspace.tensor.data); });
   arrays.issued();
   nb::object result = out.is_none() ? arrays.take(std::move(made)) : nb::borrow(out);
   if (!return_lse) return result;

@@ -4,6 +4,7 @@
 #include "bind.h"
 #include "flashcore/error.h"
 #include "flashcore/flashcore.h"
+#include "gil.h"
 #include "options.h"
 
 namespace flashcore {
@@ -44,10 +45,7 @@ nb::tuple combine(nb::handle outs, nb::handle lses, nb::handle layout) {
   Result lse = arrays.allocate(float32, problem.lses[0].ndim, problem.lses[0].shape);
   problem.out = out.tensor;
   problem.lse = lse.tensor;
-  {
-    nb::gil_scoped_release release;
-    launch(problem);
-  }
+  without_gil([&] { launch(problem); });
   arrays.issued();
   nb::object merged = arrays.take(std::move(out));
   return nb::make_tuple(std::move(merged), arrays.take(std::move(lse)));

@@ -14,6 +14,7 @@
 #include "bind.h"
 #include "buffer.h"
 #include "flashcore/flashcore.h"
+#include "gil.h"
 #include "options.h"
 
 namespace flashcore {
@@ -138,4 +139,6 @@ NB_MODULE(_core, m) {
   m.def("release_pending", &flashcore::release_pending, nb::sig("def release_pending() -> None"),
         "Waits for the work on arrays of frameworks without streams, and lets go of them. Runs at the interpreter's "
         "exit.");
+  m.def("close_gil", &flashcore::close_gil, nb::sig("def close_gil() -> None"),
+        "Makes threads that still compute wait for the process's end. Runs last at the interpreter's exit.");
 }

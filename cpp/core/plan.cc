@@ -72,10 +72,7 @@ Plan plan_sm80(const Problem& problem, const DeviceProperties& device) {
   plan.plain_score = plain_score(problem);
   plan.shared_memory = tile.shared_memory();
   int64_t const pairs = s.batch * s.heads_q;
-  if (s.total_q == 0 || pairs == 0) {
-    plan.blocks = 0;
-    return plan;
-  }
+  if (s.total_q == 0 || s.heads_q == 0) return plan;
   // As attention/scheduler.h counts them.
   plan.blocks = problem.varlen() ? (s.total_q / plan.tile_q + s.batch + 1) * s.heads_q
                                  : ceil_div(s.seqlen_q, plan.tile_q) * pairs;

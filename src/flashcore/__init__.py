@@ -30,4 +30,5 @@ __all__ = [
     "set_num_threads",
 ]
 
+atexit.register(_core.close_gil)  # the last to run: registered first
 atexit.register(_core.release_pending)
