@@ -73,11 +73,12 @@ def test_glibc_2_34_is_enough():
 
 
 @linux_only
-def test_exports_nothing_of_its_own():
-    # An exported symbol of ours or of the static CUDA runtime could take the place of another library's.
-    symbols = [line.split()[-1] for line in run(program("nm"), "-DC", "--defined-only", MODULE).splitlines()]
-    assert "PyInit__core" in symbols
-    assert [name for name in symbols if re.match(r"(flashcore|cuda|__cuda)", name)] == []
+def test_exports_its_entry_alone():
+    # An exported symbol of ours, of the static CUDA runtime or of libstdc++ could take the place of another library's.
+    if "libasan" in run(program("readelf"), "-d", MODULE):
+        pytest.skip("a build with sanitizers exports what they need")
+    defined = run(program("nm"), "-D", "--defined-only", MODULE).splitlines()
+    assert [line.split()[-1] for line in defined] == ["PyInit__core"]
 
 
 def test_module_is_at_most_30_mib():

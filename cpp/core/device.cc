@@ -2,6 +2,7 @@
 // What is known of devices: those of this machine, those that can be planned for by name, and this build.
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <mutex>
 #include <optional>
 
@@ -26,6 +27,13 @@ DeviceProperties this_cpu() { return {"cpu", DeviceType::cpu, 0, cpu::num_thread
 constexpr int max_devices = 64;
 
 DeviceProperties read_properties(int index) {
+  // A named device's choices, run on this one: how the tiles of GPUs with less shared memory are tested.
+  if (char const* const name = std::getenv("FLASHCORE_PLAN_AS"); name != nullptr && name[0] != '\0') {
+    DeviceProperties const& named = named_device(name);
+    if (named.type != DeviceType::cuda)
+      throw ValueError("FLASHCORE_PLAN_AS: got \"" + named.name + "\"; expected a GPU");
+    return named;
+  }
   cudaDeviceProp p;
   cuda_check(cudaGetDeviceProperties(&p, index), "asking for the properties of a CUDA device");
   return {p.name,
