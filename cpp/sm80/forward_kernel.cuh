@@ -200,8 +200,7 @@ __global__ void __launch_bounds__(Config::threads)
                    from_v = shared_k + Config::kv_bytes + lane.v();
 
     copy_wait_all();
-    __syncthreads();  // the tile's keys are here (two stages: values too), and all warps are done with the tile before
-                      // it
+    __syncthreads();  // the tile's keys are here (two stages: values too), all warps are done with the one before
     if constexpr (stages == 2) {
       if (more) {
         load_keys(stage ^ 1, std::false_type{});

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs causal attention in each dtype on the CPU and compares it with plain loops in double precision, and plans for a GPU
-// that is too old. Prints the instruction set that was chosen; exits with 1 where something is wrong. Small, since it also
-// runs on an emulated processor.
+// Runs causal attention in each dtype on the CPU and compares it with plain loops in double precision, and plans for a
+// GPU that is too old. Prints the instruction set that was chosen; exits with 1 where something is wrong. Small, since
+// it also runs on an emulated processor.
 #include <flashcore/flashcore.h>
 
 #include <bit>
