@@ -38,11 +38,9 @@ struct Work {
 struct TileScheduler {
   int tile_q, heads_per_section;
 
-  static FLASHCORE_HD int64_t blocks(const ForwardParams& p, int tile_q) {
-    if (p.seqlen_q == 0) return 0;
-    int64_t const slots =
-        p.cu_seqlens_q ? int64_t{p.seqlen_q} / tile_q + p.batch + 1 : int64_t{ceil_div(p.seqlen_q, tile_q)} * p.batch;
-    return slots * p.heads_q;
+  // Indices for one head. seqlen_q: the total over all sequences when variable-length.
+  static FLASHCORE_HD int64_t slots(bool varlen, int64_t seqlen_q, int64_t batch, int tile_q) {
+    return varlen ? seqlen_q / tile_q + batch + 1 : (seqlen_q + tile_q - 1) / tile_q * batch;
   }
 
   // False where the index has no work.

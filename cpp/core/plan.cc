@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "attention/scheduler.h"
 #include "core/problem_facts.h"
 #include "cpu/cpu.h"
 #include "flashcore/flashcore.h"
@@ -38,7 +39,11 @@ const Tile& sm80_tile(int64_t head_dim, bool plain_score, const DeviceProperties
                      std::to_string(device.shared_memory_per_block) + " bytes of shared memory of " + device.name);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t blocks(const Problem& problem, int tile_q) {
+  Sizes const s = sizes(problem);
+  if (s.total_q == 0) return 0;
+  return TileScheduler::slots(problem.varlen(), problem.varlen() ? s.total_q : s.seqlen_q, s.batch, tile_q) * s.heads_q;
+}
 
 // A plain score is only multiplied by a positive scale, which the exponent's multiplication takes over. A scale so
 // small that the product with the score's factor is subnormal goes the general way, like zero and negative ones.
@@ -54,8 +59,7 @@ Plan plan_cpu(const Problem& problem, const DeviceProperties& device) {
   plan.tile_k = cpu::tile_k;
   plan.threads = device.units;
   plan.plain_score = plain_score(problem);
-  plan.blocks = problem.varlen() ? (s.total_q / plan.tile_q + s.batch + 1) * s.heads_q
-                                 : ceil_div(s.seqlen_q, plan.tile_q) * s.batch * s.heads_q;
+  plan.blocks = blocks(problem, plan.tile_q);
   return plan;
 }
 
@@ -71,11 +75,7 @@ Plan plan_sm80(const Problem& problem, const DeviceProperties& device) {
   plan.threads = 32 * tile.warps;
   plan.plain_score = plain_score(problem);
   plan.shared_memory = tile.shared_memory();
-  int64_t const pairs = s.batch * s.heads_q;
-  if (s.total_q == 0 || s.heads_q == 0) return plan;
-  // As attention/scheduler.h counts them.
-  plan.blocks = problem.varlen() ? (s.total_q / plan.tile_q + s.batch + 1) * s.heads_q
-                                 : ceil_div(s.seqlen_q, plan.tile_q) * pairs;
+  plan.blocks = blocks(problem, plan.tile_q);
   if (plan.blocks > std::numeric_limits<int32_t>::max()) {
     throw ValueError("query: " + std::to_string(plan.blocks) + " tiles of " + std::to_string(plan.tile_q) +
                      " queries pass the grid's 2^31 - 1; expected a smaller batch");
@@ -83,7 +83,8 @@ Plan plan_sm80(const Problem& problem, const DeviceProperties& device) {
   // Where later queries have more keys (causal), long tiles go first among the pairs whose keys and values fit in half
   // of the L2 cache; elsewhere the tiles of a pair follow each other, and its keys and values stay in the cache anyway.
   bool const uneven = problem.causal || problem.window_right.has_value();
-  if (uneven && !problem.varlen()) {
+  int64_t const pairs = s.batch * s.heads_q;
+  if (uneven && !problem.varlen() && pairs > 0) {
     int64_t const bytes_per_pair = std::max<int64_t>(1, 2 * s.seqlen_k * s.head_dim * 2 * s.heads_k / s.heads_q);
     plan.heads_per_section = static_cast<int>(std::clamp<int64_t>(device.l2_bytes / 2 / bytes_per_pair, 1, pairs));
   }

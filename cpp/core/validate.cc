@@ -122,14 +122,16 @@ bool overlap(const Tensor& a, const Tensor& b) {
 // Whether two different indices of the tensor may name the same element. Exact for axes that nest, which are all that
 // slicing and transposing make.
 bool overlaps_itself(const Tensor& t) {
-  int order[Tensor::max_ndim], axes = 0;
-  for (int i = 0; i < t.ndim; ++i) {
-    if (t.shape[i] > 1) order[axes++] = i;
-  }
   auto const magnitude = [&](int i) {
     return t.stride[i] < 0 ? -static_cast<double>(t.stride[i]) : static_cast<double>(t.stride[i]);
   };
-  std::sort(order, order + axes, [&](int a, int b) { return magnitude(a) < magnitude(b); });
+  int order[Tensor::max_ndim], axes = 0;  // the axes with more than one index, by growing stride
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] <= 1) continue;
+    int at = axes++;
+    for (; at > 0 && magnitude(order[at - 1]) > magnitude(i); --at) order[at] = order[at - 1];
+    order[at] = i;
+  }
   double reach = 0;
   for (int i = 0; i < axes; ++i) {
     if (magnitude(order[i]) <= reach) return true;
