@@ -26,22 +26,15 @@ def good_varlen(arrays) -> dict:
 
 def varlen_rows():
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        yield Row(
-            f"{name} int64",
-            lambda a, c, n=name: {n: integer(a, c[n], "int64")},
-            (TypeError, ValueError),
-            name,
-            "int64",
-            "int32",
-        )
-        yield Row(
-            f"{name} float",
-            lambda a, c, n=name: {n: integer(a, c[n], "float32")},
-            (TypeError, ValueError),
-            name,
-            "float32",
-            "int32",
-        )
+        for dtype in ("int64", "float32"):
+            yield Row(
+                f"{name} {dtype}",
+                lambda a, c, n=name, d=dtype: {n: integer(a, c[n], d)},
+                TypeError,
+                name,
+                dtype,
+                "int32",
+            )
         yield Row(f"{name} 2-D", lambda a, c, n=name: {n: c[n][None]}, ValueError, name, "2", "1")
         yield Row(f"{name} empty", lambda a, c, n=name: {n: c[n][:0]}, ValueError, name, "0", ("1", *MUST))
         yield Row(

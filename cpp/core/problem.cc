@@ -60,16 +60,16 @@ char const* to_string(Backend backend) {
 }
 
 namespace {
-// The axes of a 4-D array in `layout`: batch, sequence, heads.
-struct Axes {
-  int batch, sequence, heads;
-};
 // batch · length; the largest number where that overflows, which validate() then refuses.
 int64_t total(int64_t batch, int64_t length) {
   int64_t const most = std::numeric_limits<int64_t>::max();
   return length > 0 && batch > most / length ? most : batch * length;
 }
 
+// The axes of a 4-D array in `layout`: batch, sequence, heads.
+struct Axes {
+  int batch, sequence, heads;
+};
 Axes axes(Layout layout) { return layout == Layout::bshd ? Axes{0, 1, 2} : Axes{0, 2, 1}; }
 }  // namespace
 
