@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the machine code in a built module: no GPU kernel spills registers or uses local memory.
+"""Checks the machine code in a built module: no GPU kernel spills registers or uses local memory, and the Hopper
+kernels consist of what they were written for.
 
-python .ci/check_kernels.py <cuobjdump> <module>. Prints how many registers the kernels use; exits with 1 and names the
-kernels where one has a stack (spilled registers, arrays that the compiler could not keep in registers) or local memory,
-or where the module holds no kernel at all.
+python .ci/check_kernels.py <cuobjdump> <module>, with nvdisasm beside cuobjdump. Prints how many registers the kernels
+use and how many of Hopper's instructions there are; exits with 1 and names the kernels where one has a stack (spilled
+registers, arrays that the compiler could not keep in registers) or local memory, where a forward kernel for sm_90a has
+no wgmma (HGMMA) or no TMA load (UTMALDG), or where the module holds no kernel, or none for sm_90a, at all.
 """
 
+import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
+
+NEEDED = ("HGMMA", "UTMALDG")
+FORBIDDEN = ("LDL", "STL")  # local memory: what the resource usage calls a stack
+INSTRUCTION = re.compile(rf"/\*[0-9a-f]{{4,}}\*/.*?\b({'|'.join(NEEDED + FORBIDDEN)})\b")
 
 
 def kernels(dump: str):
@@ -24,19 +33,51 @@ def kernels(dump: str):
             name = ""
 
 
+def instructions(cuobjdump: str, module: str) -> dict[str, Counter]:
+    """How often each of the sm90 forward kernels has the instructions above, by mangled name."""
+    found: dict[str, Counter] = {}
+    counts = None
+    command = [cuobjdump, "--gpu-architecture", "sm_90a", "--dump-sass", module]
+    path = f"{Path(cuobjdump).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # for nvdisasm
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path}) as process:
+        for line in process.stdout:
+            if match := re.match(r"\s*Function : (\S+)", line):
+                ours = "sm90" in match[1] and "forward_kernel" in match[1]
+                counts = found.setdefault(match[1], Counter()) if ours else None
+            elif counts is not None and (match := INSTRUCTION.search(line)):
+                counts[match[1]] += 1
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return found
+
+
 def main() -> int:
     cuobjdump, module = sys.argv[1:]
     dump = subprocess.run([cuobjdump, "--dump-resource-usage", module], check=True, capture_output=True, text=True)
     found = list(kernels(dump.stdout))
-    spilling = [(arch, name, use) for arch, name, use in found if use["STACK"] or use["LOCAL"]]
+    errors = [
+        f"{arch} {name}: {use['STACK']} bytes of stack, {use['LOCAL']} of local memory"
+        for arch, name, use in found
+        if use["STACK"] or use["LOCAL"]
+    ]
     for arch in sorted({arch for arch, _, _ in found}):
         registers = [use["REG"] for other, _, use in found if other == arch]
         print(f"{arch}: {len(registers)} kernels, {min(registers)} to {max(registers)} registers")
-    for arch, name, use in spilling:
-        print(f"{arch} {name}: {use['STACK']} bytes of stack, {use['LOCAL']} of local memory")
     if not found:
-        print(f"{module} holds no kernel")
-    return 1 if spilling or not found else 0
+        errors.append(f"{module} holds no kernel")
+
+    hopper = instructions(cuobjdump, module)
+    for opcode in NEEDED:
+        counts = [counts[opcode] for counts in hopper.values()]
+        if counts:
+            print(f"sm_90a: {min(counts)} to {max(counts)} {opcode} in each of {len(counts)} forward kernels")
+    for name, counts in hopper.items():
+        errors += [f"sm_90a {name}: no {opcode}" for opcode in NEEDED if not counts[opcode]]
+        errors += [f"sm_90a {name}: {counts[opcode]} {opcode}" for opcode in FORBIDDEN if counts[opcode]]
+    if not hopper:
+        errors.append(f"{module} holds no forward kernel for sm_90a")
+    print(*errors, sep="\n", end="\n" if errors else "")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 
     python bench/compare.py --suite forward --backend sm80
 
+    python bench/compare.py --suite grid --peers flash cudnn fa3 --cells 0:60            # one half,
+    python bench/compare.py --suite grid --peers flash cudnn fa3 --cells 60: --append    # and the other into its file
+
 Peers are PyTorch SDPA's backends (`flash`, `cudnn`, `efficient`; `sdpa` on the CPU) and FlashAttention-3 (`fa3`, from
-the PyPI package fa3-fwd), where they are installed and can run the cell.
+the PyPI package fa3-fwd), where they are installed and can run the cell. For windows and varlen `flash` is
+torch.nn.attention.varlen, PyTorch's other way to the same kernels.
 
 Correctness: on sampled rows against float64, FlashCore's largest error is at most twice the yardstick's plus 1e-5 and
 its relative Frobenius error at most 1.25 times the yardstick's plus 1e-6 (`flash`, or the best peer that ran); the
@@ -12,17 +16,21 @@ whole output is held against the yardstick's too, and after timing it must still
 
 Timing, CUDA: a graph of many calls that walks through sets of random inputs and outputs of --rotate GiB in all,
 replayed for about --milliseconds a round, providers in turn, --rounds rounds, medians. CPU: calls in turn, medians.
-TFLOP/s count 4·B·H·Sq·Sk·D, half of it when causal; TB/s count q, k, v and o once. A ratio is a peer's time over
-FlashCore's.
+TFLOP/s count 4·B·H·Sq·Sk·D, half of it when causal, window + 1 keys a query where there is a window; TB/s count q, k,
+v and o once. A ratio is a peer's time over FlashCore's. The ceiling, `matmul_tflops`, is a bfloat16 matmul of 8192³ in
+the same process, timed the same way.
 
-Writes bench/results/NAME.json, from which bench/report.py makes README's tables. Exit status: 0, or 1 when a cell of
-FlashCore is wrong, 2 on bad usage.
+Writes bench/results/NAME.json, after every cell, so that a run cut short can be continued with --cells and --append;
+bench/report.py makes README's tables and plots from it. Exit status: 0, or 1 when a cell of FlashCore in the file is
+wrong, 2 on bad usage.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import itertools
 import json
 import math
 import pathlib
@@ -38,7 +46,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from suites import Cell, rate_of, suites
+from suites import Cell, is_forward, rate_of, suites
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
@@ -49,12 +57,24 @@ SAMPLED_HEADS, SAMPLED_ROWS = 12, 64  # (batch, head) pairs, and queries of each
 
 
 # --- providers: functions of (cell, q, k, v, out) ---------------------------------------------------------------------
-# Inputs are contiguous bshd. PyTorch's get transposed views of them, which is how bshd code calls SDPA and which their
-# kernels read as they are. A provider that cannot write into `out` returns its own output.
+# Inputs are contiguous bshd; of a varlen cell (1, total, heads, head_dim). PyTorch's get transposed views of them: so
+# does bshd code call SDPA, and their kernels read them as they are. A provider that cannot write into `out` returns its
+# own output, of the same shape.
+
+
+@functools.lru_cache(maxsize=4)
+def cu_seqlens(cell: Cell, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the queries and the keys of each sequence begin. Made at a cell's first call: no graph holds the copy."""
+    counts = torch.tensor([(0, 0), *cell.sequences]).cumsum(0, dtype=torch.int32)
+    return counts[:, 0].contiguous().to(device), counts[:, 1].contiguous().to(device)
 
 
 def sdpa_provider(backend: SDPBackend | None) -> Callable[..., torch.Tensor]:
     def call(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if cell.lengths or cell.window is not None:
+            if backend is SDPBackend.FLASH_ATTENTION:
+                return torch_varlen(cell, q, k, v)
+            raise NotImplementedError("SDPA has no windows and no variable lengths")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options = {"is_causal": cell.causal, "enable_gqa": cell.heads != cell.kv_heads}
         if backend is None:
@@ -65,16 +85,40 @@ def sdpa_provider(backend: SDPBackend | None) -> Callable[..., torch.Tensor]:
     return call
 
 
+def torch_varlen(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = -1 if cell.window is None else cell.window
+    options: dict[str, Any] = {"window_size": (left, 0 if cell.causal else -1)}
+    if cell.heads != cell.kv_heads:
+        options["enable_gqa"] = True
+    packed = (x.flatten(0, 1) for x in (q, k, v))
+    return varlen_attn(*packed, *cu_seqlens(cell, q.device.type), cell.seqlen, cell.keys, **options).view(q.shape)
+
+
 def fa3(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     import fa3_fwd_interface
 
-    result = fa3_fwd_interface.flash_attn_func(q, k, v, causal=cell.causal)
-    return result[0] if isinstance(result, tuple) else result
+    window = (-1, -1) if cell.window is None else (cell.window, 0)
+    options = {"causal": cell.causal, "window_size": window}
+    if cell.lengths:
+        starts = cu_seqlens(cell, q.device.type)
+        longest = (cell.seqlen, cell.keys)
+        result = fa3_fwd_interface.flash_attn_varlen_func(q[0], k[0], v[0], *starts, *longest, **options)
+    else:
+        result = fa3_fwd_interface.flash_attn_func(q, k, v, **options)
+    return (result[0] if isinstance(result, tuple) else result).view(q.shape)
 
 
 def flashcore_provider(backend: str | None) -> Callable[..., torch.Tensor]:
     def call(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return flashcore.attention(q, k, v, causal=cell.causal, out=out, backend=backend)
+        window = None if cell.window is None else (cell.window, 0)
+        options = {"causal": cell.causal, "window": window, "backend": backend}
+        if not cell.lengths:
+            return flashcore.attention(q, k, v, out=out, **options)
+        options.update(max_seqlen_q=cell.seqlen, max_seqlen_k=cell.keys)
+        flashcore.attention_varlen(q[0], k[0], v[0], *cu_seqlens(cell, q.device.type), out=out[0], **options)
+        return out
 
     return call
 
@@ -95,14 +139,14 @@ def peers_of(device: str) -> dict[str, Callable[..., torch.Tensor]]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of a cell's output in float64: `rows` of the (batch, head) `pairs`."""
+    """Rows of a cell's output in float64: for each entry of `places` a head and rows, counted over all sequences."""
 
-    pairs: list[tuple[int, int]]
-    rows: torch.Tensor
-    exact: torch.Tensor  # (pairs, rows, head_dim)
+    places: list[tuple[int, torch.Tensor]]
+    exact: torch.Tensor  # (sampled rows, head_dim)
 
     def take(self, out: torch.Tensor) -> torch.Tensor:
-        return torch.stack([out[b, :, h][self.rows] for b, h in self.pairs]).double()
+        packed = out.flatten(0, 1)
+        return torch.cat([packed[rows, h] for h, rows in self.places]).double()
 
     def errors(self, out: torch.Tensor) -> dict[str, float]:
         """Largest error and relative Frobenius error of an output (batch, sequence, heads, head_dim)."""
@@ -114,21 +158,26 @@ class Sample:
 
 
 def sample(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sample:
-    every = cell.batch * cell.heads
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    starts = [(0, 0), *cell.sequences]
+    starts_q, starts_k = (list(itertools.accumulate(counts)) for counts in zip(*starts, strict=True))
+    every = len(cell.sequences) * cell.heads
     # The first and the last, and others at random: an error at the end of the grid shows.
     chosen = {0, every - 1, *torch.randint(every, (SAMPLED_HEADS,), generator=generator).tolist()}
-    pairs = [divmod(i, cell.heads) for i in sorted(chosen)]
-    picked = {0, cell.seqlen - 1, *torch.randint(cell.seqlen, (SAMPLED_ROWS,), generator=generator).tolist()}
-    rows = torch.tensor(sorted(picked), device=q.device)
-    group = cell.heads // cell.kv_heads
-    outputs = []
-    for b, h in pairs:
-        score = q[b, :, h][rows].double() @ k[b, :, h // group].double().T / math.sqrt(cell.head_dim)
+    places, outputs = [], []
+    for b, h in (divmod(i, cell.heads) for i in sorted(chosen)):
+        queries, keys = cell.sequences[b]
+        picked = {0, queries - 1, *torch.randint(queries, (SAMPLED_ROWS,), generator=generator).tolist()}
+        rows = torch.tensor(sorted(picked), device=q.device)
+        places.append((h, starts_q[b] + rows))
+        own, head_k = slice(starts_k[b], starts_k[b] + keys), h // (cell.heads // cell.kv_heads)
+        score = q[starts_q[b] + rows, h].double() @ k[own, head_k].double().T / math.sqrt(cell.head_dim)
         if cell.causal:
-            last = rows[:, None] + (cell.keys - cell.seqlen)
-            score.masked_fill_(torch.arange(cell.keys, device=q.device) > last, -math.inf)
-        outputs.append(torch.softmax(score, dim=-1) @ v[b, :, h // group].double())
-    return Sample(pairs, rows, torch.stack(outputs))
+            distance = rows[:, None] + (keys - queries) - torch.arange(keys, device=q.device)
+            window = keys if cell.window is None else cell.window
+            score.masked_fill_((distance < 0) | (distance > window), -math.inf)
+        outputs.append(torch.softmax(score, dim=-1) @ v[own, head_k].double())
+    return Sample(places, torch.cat(outputs))
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -217,11 +266,10 @@ def run_cell(cell: Cell, device: str, ours: Callable[..., torch.Tensor], peers: 
     dtype = getattr(torch, cell.dtype)
     sets = max(2, min(1024, math.ceil(options.rotate * 2**30 / cell.bytes)))
     generator = torch.Generator(device).manual_seed(1)
-    shape_q = (cell.batch, cell.seqlen, cell.heads, cell.head_dim)
-    shape_k = (cell.batch, cell.keys, cell.kv_heads, cell.head_dim)
+    shapes = (cell.shape_q, cell.shape_k, cell.shape_k)
     arrays = []
     for _ in range(sets):
-        q, k, v = (torch.randn(s, generator=generator, device=device, dtype=dtype) for s in (shape_q, shape_k, shape_k))
+        q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
         arrays.append((q, k, v, torch.full_like(q, math.nan)))  # poisoned: a row that nobody writes shows
 
     exact = sample(cell, *arrays[0][:3], torch.Generator().manual_seed(2))
@@ -285,11 +333,35 @@ def run_cell(cell: Cell, device: str, ours: Callable[..., torch.Tensor], peers: 
     return result
 
 
+def matmul_tflops(options: Any, size: int = 8192) -> float:
+    """Of PyTorch's bfloat16 matmul, with the timer, the rotation and the rounds of the cells."""
+    sets = max(2, math.ceil(options.rotate * 2**30 / (3 * 2 * size**2)))
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (3, size, size)
+    arrays = [torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+    timer = CudaTimer(lambda i: torch.mm(arrays[i][0], arrays[i][1], out=arrays[i][2]), sets, options.milliseconds)
+    return 2.0 * size**3 / statistics.median(timer.microseconds() for _ in range(options.rounds)) / 1e6
+
+
+def over_unmasked(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each provider, its time for the window over its time for as many keys a query, none of them masked."""
+    right = [cell for cell in cells if not cell["problem"]]
+    times = [
+        {name: p["microseconds"] for name, p in cell["providers"].items() if "microseconds" in p}
+        for windowed in (True, False)
+        for cell in right
+        if (cell["window"] is not None) == windowed
+    ]
+    if len(times) != 2:  # of a part of the suite, or with a wrong cell
+        return {}
+    return {name: times[0][name] / times[1][name] for name in times[0] if name in times[1]}
+
+
 def geometric_means(cells: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of the ratios, over the cells that a peer ran; `best` is the fastest peer of each cell."""
+    """Of the ratios, over the right cells that a peer ran; `best` is the fastest peer of each cell."""
     gathered: dict[str, list[float]] = {}
     for cell in cells:
-        ratios = cell.get("ratios", {})
+        ratios = {} if cell["problem"] else cell["ratios"]
         for name, ratio in ratios.items():
             gathered.setdefault(name, []).append(ratio)
         if ratios:
@@ -376,13 +448,41 @@ def text_table(report: dict[str, Any]) -> str:
         right = (text.rjust(width) for text, width in zip(rest, widths[1:], strict=False))  # a wrong cell has fewer
         rows.append("  ".join([first.ljust(widths[0]), *right]))
     means = ", ".join(f"{n} {m['ratio']:.3f} ({m['cells']} cells)" for n, m in report["geometric_means"].items())
-    return "\n".join([*rows, f"geometric means of peer's time over FlashCore's: {means or 'none'}"])
+    rows.append(f"geometric means of peer's time over FlashCore's: {means or 'none'}")
+    if report.get("over_unmasked"):
+        told = ", ".join(f"{n} {ratio:.3f}" for n, ratio in report["over_unmasked"].items())
+        rows.append(f"the window's time over that of as many keys, none masked: {told}")
+    if "matmul_tflops" in report:
+        rows.append(f"matmul: {report['matmul_tflops']:.0f} TFLOP/s")
+    return "\n".join(rows)
+
+
+def part(text: str) -> slice:
+    """Of "FROM:TO", either of which may be left out."""
+    first, last = text.split(":")
+    return slice(int(first) if first else None, int(last) if last else None)
+
+
+def earlier(path: pathlib.Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report at `path`. Raises ValueError unless it is of the same measurement as `report`, apart from the date."""
+    try:
+        old = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--append: {path}: {error}") from error
+    for key in report:
+        if key not in ("date", "cells", "geometric_means", "over_unmasked", "matmul_tflops"):
+            was, now = old.get(key), json.loads(json.dumps(report[key]))
+            if was != now:
+                raise ValueError(f"--append: {path} has {key} {was}, this run has {now}")
+    return old
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="FlashCore beside its peers.", allow_abbrev=False)
     parser.add_argument("--suite", nargs="+", choices=list(suites()), default=["forward"], help="what to run")
     parser.add_argument("--backend", help="force FlashCore's backend (default: plan chooses)")
+    parser.add_argument("--cells", type=part, help="FROM:TO, as 0:40: only this part of the suite; one suite only")
+    parser.add_argument("--append", action="store_true", help="keep the result file's other cells; they must be alike")
     parser.add_argument("--peers", nargs="+", help="only these peers (default: all that run)")
     parser.add_argument("--name", help="of the result file (default: from suite, backend and device); one suite only")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help="folder of the result files")
@@ -402,8 +502,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     known = peers_of(options.device)
     if unknown := [name for name in options.peers or () if name not in known]:
         parser.error(f"--peers: {', '.join(unknown)} unknown on this device, expected some of {', '.join(known)}")
-    if options.name and len(options.suite) > 1:
-        parser.error("--name: got more than one suite")
+    for option in ("name", "cells"):
+        if getattr(options, option) and len(options.suite) > 1:
+            parser.error(f"--{option}: got more than one suite")
+    if options.cells and not suites()[options.suite[0]][options.cells]:
+        parser.error(f"--cells: no cell of the {len(suites()[options.suite[0]])} of {options.suite[0]}")
     if options.rounds < 1:
         parser.error("--rounds: expected 1 or more")
     if options.milliseconds is None:
@@ -421,25 +524,11 @@ def main(argv: list[str] | None = None) -> int:
     ours = flashcore_provider(options.backend)
     facts = surroundings(device, options.commit)
     options.output.mkdir(parents=True, exist_ok=True)
-    bad = False
+    short = "cpu" if device == "cpu" else facts["device"].lower().replace("nvidia ", "").split()[0]
+    reports = []
     for suite in options.suite:
-        cells = suites()[suite]
-        results = []
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=options.quiet or not sys.stderr.isatty(),
-        )
-        with bar:
-            task = bar.add_task(suite, total=len(cells))
-            for cell in cells:
-                bar.update(task, description=f"{suite}: {cell.label}")
-                results.append(run_cell(cell, device, ours, peers, options))
-                bar.advance(task)
+        name = options.name or "-".join(dict.fromkeys(filter(None, (suite, options.backend, short))))
+        path = options.output / f"{name}.json"
         report = {
             "kind": "compare",
             "suite": suite,
@@ -447,20 +536,63 @@ def main(argv: list[str] | None = None) -> int:
             **facts,
             "method": {"rounds": options.rounds, "milliseconds": options.milliseconds, "rotate_gib": options.rotate},
             "providers": [OURS, *peers],
-            "cells": results,
-            "geometric_means": geometric_means(results),
+            "cells": [],
         }
-        short = "cpu" if device == "cpu" else facts["device"].lower().replace("nvidia ", "").split()[0]
-        name = options.name or "-".join(dict.fromkeys(filter(None, (suite, options.backend, short))))
-        path = options.output / f"{name}.json"
-        path.write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n")
+        if options.append:
+            try:
+                old = earlier(path, report)
+            except ValueError as error:  # before anything is measured
+                print(error, file=sys.stderr)
+                return 2
+            report["cells"] = old["cells"]
+            if "matmul_tflops" in old:
+                report["matmul_tflops"] = old["matmul_tflops"]
+        reports.append((report, path))
+    for report, path in reports:
+        run_suite(report, path, ours, peers, options)
         print(text_table(report))
-        absent = {n: c["providers"][n]["absent"] for c in results for n in peers if "absent" in c["providers"][n]}
+        cells = report["cells"]
+        absent = {n: c["providers"][n]["absent"] for c in cells for n in peers if "absent" in c["providers"][n]}
         for peer, reason in absent.items():
             print(f"{peer} did not run every cell: {reason}")
         print(f"wrote {path}")
-        bad |= any(c["problem"] for c in results)
-    return 1 if bad else 0
+    return 1 if any(cell["problem"] for report, _ in reports for cell in report["cells"]) else 0
+
+
+def run_suite(report: dict[str, Any], path: pathlib.Path, ours: Callable, peers: dict, options: Any) -> None:
+    """Runs the suite of `report`, or the part that --cells names, into it and into the file."""
+    suite, device = report["suite"], options.device
+    whole = suites()[suite]
+    order = {cell.label: place for place, cell in enumerate(whole)}
+    results = {cell["label"]: cell for cell in report["cells"]}
+    if device == "cuda" and is_forward(suite):
+        # The highest of the parts: a ceiling.
+        report["matmul_tflops"] = max(matmul_tflops(options), report.get("matmul_tflops", 0.0))
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=options.quiet or not sys.stderr.isatty(),
+    )
+    begin = time.perf_counter()
+    cells = whole[options.cells or slice(None)]
+    with bar:
+        task = bar.add_task(suite, total=len(cells))
+        for cell in cells:
+            bar.update(task, description=f"{suite}: {cell.label}")
+            results[cell.label] = run_cell(cell, device, ours, peers, options)
+            if device == "cuda":
+                torch.cuda.empty_cache()  # or the pools of each cell's graphs stay
+            report["cells"] = [results[label] for label in sorted(results, key=lambda label: order[label])]
+            report["geometric_means"] = geometric_means(report["cells"])
+            if suite == "window":
+                report["over_unmasked"] = over_unmasked(report["cells"])
+            path.write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n")
+            bar.advance(task)
+    print(f"{suite}: {len(cells)} cells, {(time.perf_counter() - begin) / len(cells):.2f} s each", file=sys.stderr)
 
 
 if __name__ == "__main__":

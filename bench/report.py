@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes README's measured tables from bench/results/*.json, and from nothing else.
+"""Writes README's measured tables, and the plots, from bench/results/*.json and from nothing else.
 
-    python bench/report.py            # rewrites the part of README.md between the two markers
-    python bench/report.py --check    # exit status 1 when README and the result files do not agree
+    python bench/report.py            # rewrites bench/results/*.svg and README.md between the two markers
+    python bench/report.py --check    # exit status 1 when README or a plot does not agree with the result files
 
-A result file comes from bench/compare.py. Needs only the standard library.
+A result file comes from bench/compare.py. Of each suite on each device the report of the first of BACKENDS is told in
+full; the others get a line below it. Needs only the standard library.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
+import statistics
 import sys
 from typing import Any
 
+import plot
 from suites import TITLES, rate_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
 OURS = "flashcore"
+BACKENDS = ("chosen by plan", "sm90", "sm80", "cpu")
+IN_RATES = ("forward", "forward_more", "varlen")  # every provider in the suite's unit; elsewhere in microseconds
+PLOTTED = ("forward", "grid")
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -27,44 +34,128 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
     reports = []
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        if report.get("kind") != "compare" or report.get("suite") not in TITLES:
-            raise ValueError(f"{path}: not a report of bench/compare.py on a suite that is known here")
+        if report.get("kind") != "compare" or report.get("suite") not in TITLES or report["backend"] not in BACKENDS:
+            raise ValueError(f"{path}: not a report of bench/compare.py on a suite and a backend that are known here")
         reports.append({**report, "file": path.name})
-    return sorted(reports, key=lambda r: (list(TITLES).index(r["suite"]), r["file"]))
+    return sorted(reports, key=lambda r: (*_place(r), BACKENDS.index(r["backend"]), r["file"]))
 
 
-def section(report: dict[str, Any]) -> str:
-    """One report as Markdown: what was measured on what, and a table."""
-    unit, field, factor = rate_of(report["suite"])
-    names = [n for n in report["providers"] if any("microseconds" in c["providers"][n] for c in report["cells"])]
-    peers = [n for n in names if n != OURS]
+def grouped(reports: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The reports of `load` by suite and device; the first of each group is the one that is told in full."""
+    return [list(group) for _, group in itertools.groupby(reports, key=_place)]
+
+
+def _place(report: dict[str, Any]) -> tuple[int, str]:
+    return list(TITLES).index(report["suite"]), report["device"]
+
+
+def plots(reports: list[dict[str, Any]]) -> dict[str, str]:
+    """The plots by file name."""
+    return {_plot_of(main): plot.svg(main) for main, *_ in grouped(reports) if _plot_of(main)}
+
+
+def _plot_of(report: dict[str, Any]) -> str:
+    """Its file name, empty for a report that has no plot."""
+    drawn = report["suite"] in PLOTTED and any(not cell["problem"] for cell in report["cells"])
+    return pathlib.Path(report["file"]).with_suffix(".svg").name if drawn else ""
+
+
+def section(report: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """One report as Markdown: what was measured on what, a plot and a table; a line for each other backend."""
+    unit, _, _ = rate_of(report["suite"])
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     driver = f", driver {report['driver']}" if report.get("driver") else ""
+    ceiling = ""
+    if "matmul_tflops" in report:
+        ceiling = f" An 8192³ bfloat16 matmul reaches {report['matmul_tflops']:.0f} TFLOP/s in the same run."
+    if report["suite"] == "grid":
+        what, table = "", _summary(report)
+    elif report["suite"] in IN_RATES:
+        what, table = f"{unit} of each provider", _table(report, rates=True)
+    else:
+        what, table = f"{unit} of FlashCore, then microseconds of each provider", _table(report, rates=False)
+    ratio = f"{what}; the ratio" if what else "The ratio"
     lines = [
         f"### {TITLES[report['suite']]}",
         "",
         f"{report['device']}{driver}; FlashCore's backend {report['backend']}; {versions}; {report['date']}, "
         f"commit {report['commit'][:12]} (`bench/results/{report['file']}`). "
-        f"{unit} of FlashCore, then microseconds of each provider; the ratio is the best peer's time over FlashCore's.",
+        f"{ratio} is the best peer's time over FlashCore's.{ceiling}",
         "",
-        f"| B, H, S, D | {unit} | {' | '.join(f'{n} us' for n in names)} | best peer | ratio |",
-        "|---|" + "---:|" * (1 + len(names)) + "---|---:|",
+    ]
+    if _plot_of(report):
+        lines += [f"![TFLOP/s against sequence length](bench/results/{_plot_of(report)})", ""]
+    lines += table
+    means = report["geometric_means"]
+    if means:
+        told = [
+            f"{n} {means[n]['ratio']:.2f} ({means[n]['cells']} cells)" for n in [*_ran(report), "best"] if n in means
+        ]
+        lines += ["", f"Geometric means of the ratios: {', '.join(told)}."]
+    if report.get("over_unmasked"):
+        told = [f"{n} {report['over_unmasked'][n]:.2f}" for n in _ran(report) if n in report["over_unmasked"]]
+        text = "The window's time over that of as many queries with 1,024 keys each, none masked"
+        lines += ["", f"{text}: {', '.join(told)}."]
+    for other in others:
+        best = other["geometric_means"].get("best")
+        ratio = f"{best['ratio']:.2f} ({best['cells']} cells)" if best else "none"
+        text = f"Backend {other['backend']}: geometric mean of the best peer's ratios {ratio}"
+        lines += ["", f"{text}; {other['date']}, commit {other['commit'][:12]} (`bench/results/{other['file']}`)."]
+    return "\n".join(lines)
+
+
+def _ran(report: dict[str, Any]) -> list[str]:
+    """The providers that ran a cell at least."""
+    return [n for n in report["providers"] if any("microseconds" in c["providers"][n] for c in report["cells"])]
+
+
+def _table(report: dict[str, Any], rates: bool) -> list[str]:
+    """A line for each cell; what the providers reach in the suite's unit, or FlashCore's rate and everybody's times."""
+    unit, field, factor = rate_of(report["suite"])
+    names = _ran(report)
+    columns = names if rates else [unit, *(f"{n} us" for n in names)]
+    lines = [
+        f"| B, H, S, D | {' | '.join(columns)} | best peer | ratio |",
+        "|---|" + "---:|" * len(columns) + "---|---:|",
     ]
     for cell in report["cells"]:
         if cell["problem"]:
-            lines.append(f"| {cell['label']} | wrong: {cell['problem']} |" + " |" * (len(names) + 2))
+            lines.append(f"| {cell['label']} | wrong: {cell['problem']} |" + " |" * (len(columns) + 1))
             continue
         providers = cell["providers"]
-        times = [_time(p["microseconds"]) if "microseconds" in (p := providers[n]) else "" for n in names]
-        best = min(cell["ratios"], key=cell["ratios"].get, default="")
-        ratio = f"{cell['ratios'][best]:.2f}" if best else ""
-        rate = _rate(providers[OURS][field] * factor)
-        lines.append(f"| {cell['label']} | {rate} | {' | '.join(times)} | {best} | {ratio} |")
-    means = report["geometric_means"]
-    if means:
-        told = [f"{n} {means[n]['ratio']:.2f} ({means[n]['cells']} cells)" for n in [*peers, "best"] if n in means]
-        lines += ["", f"Geometric means of the ratios: {', '.join(told)}."]
-    return "\n".join(lines)
+        rate = {n: _rate(providers[n][field] * factor) for n in names if field in providers[n]}
+        time = {n: _time(providers[n]["microseconds"]) for n in rate}
+        told = [rate.get(n, "") for n in names] if rates else [rate[OURS], *(time.get(n, "") for n in names)]
+        best, ratio = _best(cell)
+        lines.append(f"| {cell['label']} | {' | '.join(told)} | {best} | {f'{ratio:.2f}' if best else ''} |")
+    return lines
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    """A line for each dtype and head dimension."""
+    lines = [
+        "| D | cells | ratio, geometric mean | lowest | at B, H, S, D | best peer |",
+        "|---|---:|---:|---:|---|---|",
+    ]
+    key = lambda cell: (cell["dtype"], cell["head_dim"])  # noqa: E731
+    for (dtype, head_dim), group in itertools.groupby(report["cells"], key=key):
+        cells = list(group)
+        lines += [f"| {c['label']} | wrong: {c['problem']} | | | | |" for c in cells if c["problem"]]
+        ratios = [(ratio, cell["label"], best) for cell in cells for best, ratio in [_best(cell)] if best]
+        if not ratios:
+            continue
+        mean = statistics.geometric_mean(ratio for ratio, _, _ in ratios)
+        ratio, label, best = min(ratios)
+        name = f"{head_dim} {plot.DTYPES[dtype]}"
+        lines.append(f"| {name} | {len(ratios)} | {mean:.2f} | {ratio:.3f} | {label} | {best} |")
+    return lines
+
+
+def _best(cell: dict[str, Any]) -> tuple[str, float]:
+    """The fastest peer and its time over FlashCore's; an empty name when none ran or the cell is wrong."""
+    ratios = {} if cell["problem"] else cell["ratios"]
+    best = min(ratios, key=ratios.get, default="")
+    return best, ratios.get(best, 0.0)
 
 
 def _time(microseconds: float) -> str:
@@ -81,7 +172,7 @@ def rewritten(readme: str, reports: list[dict[str, Any]]) -> str:
     _, end, tail = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in tail:
         raise ValueError(f"README: expected the line '{BEGIN}' and, below it, the line '{END}', once each")
-    body = "".join(f"\n{section(report)}\n" for report in reports)
+    body = "".join(f"\n{section(main, others)}\n" for main, *others in grouped(reports))
     return f"{head}{BEGIN}\n{body}{chr(10) if body else ''}{END}{tail}"
 
 
@@ -92,17 +183,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results")
     options = parser.parse_args(argv)
     try:
-        old = options.readme.read_text(encoding="utf-8")
-        new = rewritten(old, load(options.results))
+        reports = load(options.results)
+        new = {options.readme: rewritten(options.readme.read_text(encoding="utf-8"), reports)}
+        new.update({options.results / name: text for name, text in plots(reports).items()})
+        old = {p: p.read_text(encoding="utf-8") for p in (options.readme, *sorted(options.results.glob("*.svg")))}
     except (OSError, ValueError, KeyError) as error:
         print(f"report.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    if old == new:
-        return 0
+    different = [path for path in {**new, **old} if new.get(path) != old.get(path)]
     if options.check:
-        print(f"{options.readme} does not agree with {options.results}: run bench/report.py", file=sys.stderr)
-        return 1
-    options.readme.write_text(new, encoding="utf-8")
+        for path in different:
+            print(f"{path} does not agree with {options.results}: run bench/report.py", file=sys.stderr)
+        return 1 if different else 0
+    for path in different:
+        if path in new:
+            path.write_text(new[path], encoding="utf-8")
+        else:
+            path.unlink()  # a plot of a report that is gone
     return 0
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -11,6 +12,10 @@ TITLES = {
     "seed": "The first shape",
     "small": "Small problems",
     "forward": "Forward, 16,384 tokens, 2,048 / D heads",
+    "forward_more": "Forward, more lengths and head dimensions",
+    "grid": "Forward, every head dimension, length and dtype",
+    "varlen": "Variable lengths, causal, 64 sequences of 64 to 4,096 tokens",
+    "window": "Sliding window of 1,024 keys",
     "gqa": "Grouped-query attention, 32 query heads and 8 key heads, causal",
     "decode": "Decode: one query a sequence, 32 query heads and 8 key heads",
     "cpu": "CPU",
@@ -23,18 +28,26 @@ def rate_of(suite: str) -> tuple[str, str, float]:
     return special.get(suite, ("TFLOP/s", "tflops", 1.0))
 
 
+def is_forward(suite: str) -> bool:
+    """Whether a suite is held against the matmul ceiling."""
+    return suite in ("forward", "forward_more", "grid")
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One problem of a suite; arrays are (batch, sequence, heads, head_dim)."""
+    """One problem of a suite; arrays are (batch, sequence, heads, head_dim), or (1, total, heads, head_dim) of a varlen
+    cell, which has `lengths`."""
 
     batch: int
     heads: int
-    seqlen: int
+    seqlen: int  # of a varlen cell the longest
     head_dim: int
     causal: bool = False
     dtype: str = "bfloat16"
     heads_k: int = 0  # 0: heads
     seqlen_k: int = 0  # 0: seqlen
+    window: int | None = None  # keys before its own that a query sees; with causal
+    lengths: tuple[int, ...] = ()  # of each sequence, its queries and its keys; `batch` is their number
 
     @property
     def keys(self) -> int:
@@ -45,27 +58,67 @@ class Cell:
         return self.heads_k or self.heads
 
     @property
+    def sequences(self) -> list[tuple[int, int]]:
+        """Queries and keys of each sequence, in the order in which they lie in memory."""
+        return [(n, n) for n in self.lengths] or [(self.seqlen, self.keys)] * self.batch
+
+    @property
+    def shape_q(self) -> tuple[int, ...]:
+        packed = (1, sum(self.lengths)) if self.lengths else (self.batch, self.seqlen)
+        return (*packed, self.heads, self.head_dim)
+
+    @property
+    def shape_k(self) -> tuple[int, ...]:
+        packed = (1, sum(self.lengths)) if self.lengths else (self.batch, self.keys)
+        return (*packed, self.kv_heads, self.head_dim)
+
+    @property
     def flops(self) -> float:
-        whole = 4.0 * self.batch * self.heads * self.seqlen * self.keys * self.head_dim
-        return whole / 2 if self.causal else whole
+        """4 · D for each query, head and key seen; causal counts half of all keys, a window as many as it holds."""
+        if self.window is not None:
+            seen = sum(queries * (self.window + 1.0) for queries, _ in self.sequences)
+        else:
+            seen = sum(float(queries) * keys for queries, keys in self.sequences) / (2 if self.causal else 1)
+        return 4.0 * self.heads * self.head_dim * seen
 
     @property
     def bytes(self) -> int:
         """Of q, k, v and o together: of one set of arrays."""
-        rows = 2 * self.seqlen * self.heads + 2 * self.keys * self.kv_heads
-        return self.batch * rows * self.head_dim * BYTES[self.dtype]
+        return 2 * (math.prod(self.shape_q) + math.prod(self.shape_k)) * BYTES[self.dtype]
 
     @property
     def label(self) -> str:
         heads = f"{self.heads}/{self.heads_k}" if self.heads_k else f"{self.heads}"
         seqlen = f"{self.seqlen}/{self.seqlen_k}" if self.seqlen_k else f"{self.seqlen}"
+        if self.lengths:
+            seqlen = f"{min(self.lengths)} to {max(self.lengths)}"
         short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[self.dtype]
-        return f"{self.batch}, {heads}, {seqlen}, {self.head_dim} {short}{' causal' if self.causal else ''}"
+        mask = " causal" if self.causal else ""
+        if self.window is not None:
+            mask = f" window ({self.window}, 0)"
+        return f"{self.batch}, {heads}, {seqlen}, {self.head_dim} {short}{mask}"
+
+
+def varlen_lengths() -> tuple[int, ...]:
+    import torch  # here, because bench/report.py does without it
+
+    generator = torch.Generator().manual_seed(7)  # draws what torch.manual_seed(7) makes torch.randint draw
+    return tuple(torch.randint(64, 4097, (64,), generator=generator).tolist())
 
 
 def suites() -> dict[str, list[Cell]]:
     """The named suites: the cells of the project's tables of measured peers."""
     tokens, width = 16384, 2048
+
+    def forward(head_dims: tuple[int, ...], seqlens: tuple[int, ...], dtype: str = "bfloat16") -> list[Cell]:
+        return [
+            Cell(tokens // seqlen, width // head_dim, seqlen, head_dim, causal, dtype)
+            for head_dim in head_dims
+            for seqlen in seqlens
+            for causal in (False, True)
+        ]
+
+    lengths = varlen_lengths()
     small = [(8, 128), (16, 128), (32, 128), (8, 256), (16, 256), (32, 256), (8, 512), (16, 512), (32, 512)]
     decode = [(1, 4096), (1, 32768), (1, 131072), (8, 8192), (32, 4096), (64, 8192)]
     seed = [
@@ -76,12 +129,20 @@ def suites() -> dict[str, list[Cell]]:
     return {
         "seed": seed,
         "small": seed + [Cell(batch, 8, seqlen, 64) for batch, seqlen in small],
-        "forward": [
-            Cell(tokens // seqlen, width // head_dim, seqlen, head_dim, causal)
-            for head_dim in (64, 128)
-            for seqlen in (1024, 4096, 16384)
-            for causal in (False, True)
+        "forward": forward((64, 128), (1024, 4096, 16384)),
+        "forward_more": forward((64, 128), (512, 2048, 8192)) + forward((96, 192, 256), (1024, 4096, 16384)),
+        # 12 cells of a head dimension, 60 of a dtype: --cells 0:60 is bfloat16, 60:72 float16 at head dimension 64.
+        "grid": [
+            cell
+            for dtype in ("bfloat16", "float16")
+            for cell in forward((64, 96, 128, 192, 256), (512, 1024, 2048, 4096, 8192, 16384), dtype)
         ],
+        "varlen": [
+            Cell(len(lengths), heads, max(lengths), head_dim, True, heads_k=heads_k, lengths=lengths)
+            for heads, heads_k, head_dim in ((16, 16, 128), (32, 8, 128), (32, 32, 64))
+        ],
+        # The last one has as many queries with 1,024 keys each, none masked.
+        "window": [Cell(1, 16, 16384, 128, True, window=1023), Cell(16, 16, 1024, 128)],
         "gqa": [Cell(b, 32, s, 128, True, heads_k=8) for b, s in ((1, 1024), (1, 4096), (2, 8192))],
         "decode": [Cell(b, 32, 1, 128, heads_k=8, seqlen_k=s) for b, s in decode],
         "cpu": [

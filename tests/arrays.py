@@ -17,6 +17,8 @@ try:
 except ImportError:  # the suite still runs, on NumPy
     torch = None
 
+import flashcore
+
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # How arrays may lie in memory. "reversed" has negative strides, which only NumPy can express.
 LAYOUTS_IN_MEMORY = ("contiguous", "padded", "transposed", "expanded", "reversed")
@@ -186,6 +188,14 @@ class NumpyArrays(Arrays):
 
 def devices() -> list[str]:
     return ["cpu", "cuda"] if torch and torch.cuda.is_available() else ["cpu"]
+
+
+def backends(device: str) -> tuple[str, ...]:
+    """The machines that the device has: the one that plan() chooses by itself first, then what may be forced."""
+    if device == "cpu":
+        return ("cpu",)
+    hopper = torch.cuda.get_device_capability() == (9, 0) and "sm_90a" in flashcore.info()["cuda"]["archs"]
+    return ("sm80", "sm90") if hopper else ("sm80",)
 
 
 def on(device: str) -> Arrays:

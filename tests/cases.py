@@ -83,7 +83,7 @@ def in_layout(arrays: Arrays, bshd, layout: str):
     return bshd if layout == "bshd" else bshd.swapaxes(1, 2)
 
 
-def run(arrays: Arrays, case: dict) -> None:
+def run(arrays: Arrays, case: dict, backend: str | None = None) -> None:
     """Calls attention as the case says and checks output, lse, the memory around the output, and the result's type."""
     options = Options(case["causal"], case["window"], case["scale"], case["softcap"])
     layout, memory, dtype = case["layout"], case["memory"], case["dtype"]
@@ -107,7 +107,7 @@ def run(arrays: Arrays, case: dict) -> None:
     # What was really passed: rounded, and in the expanded case repeated.
     query, key, value = (in_layout(arrays, as_library(arrays, p.view), layout) for p in placed)
 
-    keywords = {**options.keywords(), "layout": layout}
+    keywords = {**options.keywords(), "layout": layout, "backend": backend}
     target: Placed | None = None
     if case["out"] == "given":
         target = place(arrays, placed[0].view.shape, dtype, "contiguous" if memory == "expanded" else memory)

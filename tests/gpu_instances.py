@@ -1,16 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program that runs every GPU kernel that plan() can choose on this device and checks the results, for
-test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that ran."""
+"""A program that runs every GPU kernel that plan() can give on this device and checks the results, for
+test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that ran.
+
+    python tests/gpu_instances.py [backend ...]
+
+Without backends: every one that the GPU has."""
 
 from __future__ import annotations
 
-from arrays import on, torch
-from reference import Options, assert_attention
+import sys
+
+from arrays import backends, on, torch
+from reference import PLAIN, Options, assert_attention
+from test_varlen import check, make
 
 import flashcore
 
-HEAD_DIMS = (8, 32, 40, 64, 96, 120, 128, 192, 256)
-MASKS = (Options(), Options(causal=True, softcap=20.0), Options(window=(70, 3)), Options(scale=-0.1))
+# Each kernel's own head dimensions, and for each one that is padded to it.
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+PADDED = (8, 40, 72, 120, 136, 200)
+DTYPES = ("float16", "bfloat16")
+MASKS = (PLAIN, Options(causal=True, softcap=20.0), Options(window=(70, 3)), Options(scale=-0.1))
+
+# Batch, seqlen_q, seqlen_k, heads_q, heads_k: few tiles and many, one for a block or several, short queries of grouped
+# heads. All kernels run on the first; on each other one those that it is the first to get.
+SHAPES = (
+    (1, 150, 333, 6, 2),
+    (2, 3, 333, 8, 2),
+    (1, 8, 150, 140, 140),
+    (1, 64, 150, 396, 132),
+    (1, 300, 150, 132, 132),
+)
 
 # Inputs are made and results judged on the CPU: with CUDA_FORCE_PTX_JIT PyTorch has no kernels of its own.
 cpu = on("cpu")
@@ -19,34 +39,67 @@ cpu = on("cpu")
 def on_gpu(function, *tensors, **options):
     """What function gives for the tensors on the GPU, back on the CPU."""
     moved = [[t.cuda() for t in x] if isinstance(x, list) else x.cuda() for x in tensors]
+    options = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     result = function(*moved, **options)
     return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
 
 
-def attention(seed: int = 0) -> set[str]:
+def plan_of(shape, head_dim: int, dtype: str, backend: str, options: Options):
+    batch, seqlen_q, seqlen_k, heads_q, heads_k = shape
+    query, key = (batch, seqlen_q, heads_q, head_dim), (batch, seqlen_k, heads_k, head_dim)
+    return flashcore.plan(query, key, key, dtype=dtype, device="cuda", backend=backend, **options.keywords())
+
+
+def kernel(plan, dtype: str) -> str:
+    packed = f" packed {plan.packed_heads}" if plan.packed_heads > 1 else ""
+    return f"{plan.kernel} {dtype} head_dim {plan.head_dim} tile {plan.tile_q} x {plan.tile_k}{packed}"
+
+
+def attention(backend: str, seed: int = 0) -> set[str]:
     ran = set()
-    for dtype in ("float16", "bfloat16"):
-        for head_dim in HEAD_DIMS:
-            for options in MASKS:
-                seed += 3
-                tensors = cpu.qkv(2, 150, 333, 6, 2, head_dim, dtype, seed, 2.0)
-                out, lse = on_gpu(flashcore.attention, *tensors, return_lse=True, **options.keywords())
-                assert_attention(cpu, out, lse, *tensors, options, f"{dtype} {head_dim} {options}")
-                plan = flashcore.plan(*(t.cuda() for t in tensors), **options.keywords())
-                ran.add(f"{plan.kernel} {dtype} head_dim {plan.head_dim} tile {plan.tile_q} x {plan.tile_k}")
+    for dtype in DTYPES:
+        for head_dim in HEAD_DIMS + PADDED:
+            done = set()
+            for shape in SHAPES[:1] if head_dim in PADDED else SHAPES:
+                # Plain and general scores are kernels of their own.
+                for options in MASKS if shape is SHAPES[0] and head_dim in HEAD_DIMS else MASKS[:2]:
+                    plan = plan_of(shape, head_dim, dtype, backend, options)
+                    name = kernel(plan, dtype)
+                    what = name, plan.tiles > plan.blocks, options
+                    if what in done:
+                        continue
+                    done.add(what)
+                    ran.add(name)
+                    seed += 3
+                    tensors = cpu.qkv(*shape, head_dim, dtype, seed, 2.0)
+                    out, lse = on_gpu(
+                        flashcore.attention, *tensors, return_lse=True, backend=backend, **options.keywords()
+                    )
+                    assert_attention(cpu, out, lse, *tensors, options, f"{name} {shape} {options}")
     return ran
 
 
-def varlen() -> None:
-    lengths = [1, 0, 130, 64, 257]
-    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    starts = cpu.int32(bounds)
-    q, k, v = (cpu.random((bounds[-1] + 5, heads, 64), "float16", 5) for heads in (4, 2, 2))
-    out = on_gpu(flashcore.attention_varlen, q, k, v, starts, starts, causal=True)
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        alone = on_gpu(flashcore.attention, *(t[None, begin:end] for t in (q, k, v)), causal=True)
-        assert torch.equal(out[begin:end], alone[0])
-    assert not out[bounds[-1] :].any()  # rows behind the last sequence
+def varlen(backend: str) -> None:
+    """Sequences of all kinds of lengths, with NaN past the used keys and behind the last sequence."""
+    batch = [(1, 1), (0, 0), (130, 130), (64, 200), (257, 40), (0, 9), (20, 0)]
+    used = [1, 0, 100, 200, 39, 5, 0]
+    for seed, (head_dim, group) in enumerate([*((d, 2) for d in HEAD_DIMS), (64, 3), (128, 4)]):
+        dtype, options = DTYPES[seed % 2], (PLAIN, Options(causal=True), Options(window=(40, 9)))[seed % 3]
+        tensors, cu_q, cu_k = make(cpu, batch, 2 * group, 2, head_dim, dtype, seed, tail_q=5, tail_k=70)
+        for a in tensors[1:]:
+            for begin, end, count in zip(cu_k, cu_k[1:], used, strict=False):
+                a[begin + count : end] = float("nan")
+        starts = cpu.int32(cu_q), cpu.int32(cu_k)
+        out, lse = on_gpu(
+            flashcore.attention_varlen,
+            *tensors,
+            *starts,
+            seqused_k=cpu.int32(used),
+            return_lse=True,
+            backend=backend,
+            **options.keywords(),
+        )
+        check(cpu, out, lse, tensors, cu_q, cu_k, options, used, f"{backend} varlen {head_dim} {group}")
 
 
 def combine() -> set[str]:
@@ -62,5 +115,8 @@ def combine() -> set[str]:
 
 
 if __name__ == "__main__":
-    varlen()
-    print("\n".join(sorted(attention() | combine())))
+    ran = combine()
+    for backend in sys.argv[1:] or backends("cuda"):
+        varlen(backend)
+        ran |= attention(backend)
+    print("\n".join(sorted(ran)))

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """attention() against the numeric standard: a grid over everything it takes, pairwise and whole, and random
-problems."""
+problems; on each machine that the device has."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import cases
 import pytest
-from arrays import devices, on
+from arrays import backends, devices, on
 from pairwise import pairwise, product_case, product_size, uncovered
 from reference import Options, assert_attention
 
@@ -28,7 +29,8 @@ GRID = {device: pairwise(cases.parameters(on(device)), cases.allowed) for device
     [pytest.param(device, case, id=f"{device}-{cases.name(case)}") for device in GRID for case in GRID[device]],
 )
 def test_pairwise(arrays, case):
-    cases.run(arrays, case)
+    for backend in backends(arrays.device):
+        cases.run(arrays, case, backend)
 
 
 def test_pairwise_leaves_no_pair_out(device, arrays):
@@ -52,11 +54,12 @@ def test_whole_product(arrays, share, request):
         case = product_case(parameters, index)
         if not cases.exists(case):
             continue
-        try:
-            cases.run(arrays, case)
-        except AssertionError as error:
-            failures.append(str(error).splitlines()[0])
-    assert not failures, f"{len(failures)} of {len(indices)} cases: " + "\n".join(failures[:20])
+        for backend in backends(arrays.device):
+            try:
+                cases.run(arrays, case, backend)
+            except AssertionError as error:
+                failures.append(f"{backend}: {str(error).splitlines()[0]}")
+    assert not failures, f"{len(failures)} failures in {len(indices)} cases: " + "\n".join(failures[:20])
 
 
 if hypothesis:
@@ -92,7 +95,8 @@ if hypothesis:
         @hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None)
         @hypothesis.given(problems(arrays.on_gpu, arrays.dtypes))
         def check(case):
-            cases.run(arrays, case)
+            for backend in backends(arrays.device):
+                cases.run(arrays, case, backend)
 
         check()
 
@@ -101,10 +105,11 @@ if hypothesis:
 def test_strides_of_extent_one_are_ignored(arrays, which):
     """Such a stride means nothing; here it is one that would break every rule about alignment."""
     tensors = dict(zip(("query", "key", "value"), arrays.qkv(1, 40, 50, 1, 1, 64, arrays.half, 3), strict=True))
-    expected = flashcore.attention(**tensors)
     a = tensors[which]
-    tensors[which] = arrays.strided(a.reshape(-1), a.shape, (3, 64, 7, 1), 0)
-    assert arrays.same_bits(flashcore.attention(**tensors), expected)
+    odd = {**tensors, which: arrays.strided(a.reshape(-1), a.shape, (3, 64, 7, 1), 0)}
+    for backend in backends(arrays.device):
+        expected = flashcore.attention(**tensors, backend=backend)
+        assert arrays.same_bits(flashcore.attention(**odd, backend=backend), expected)
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -124,9 +129,11 @@ def test_empty(arrays, extents, layout):
     batch, seqlen_q, seqlen_k, heads_q, heads_k = extents
     tensors = arrays.qkv(batch, seqlen_q, seqlen_k, heads_q, heads_k, 32, arrays.half, 5)
     tensors = [arrays.contiguous(cases.in_layout(arrays, a, layout)) for a in tensors]
-    for causal in (False, True):
+    for causal, backend in itertools.product((False, True), backends(arrays.device)):
         target = arrays.poison(tensors[0].shape, arrays.half)
-        out, lse = flashcore.attention(*tensors, layout=layout, causal=causal, out=target, return_lse=True)
+        out, lse = flashcore.attention(
+            *tensors, layout=layout, causal=causal, out=target, return_lse=True, backend=backend
+        )
         assert tuple(out.shape) == tuple(tensors[0].shape)
         assert tuple(lse.shape) == (batch, heads_q, seqlen_q)
         assert not bool((out != 0).any())
@@ -139,29 +146,37 @@ def test_same_call_same_bits(arrays, dtype):
     if dtype not in arrays.dtypes:
         pytest.skip(f"no {dtype} here")
     tensors = arrays.qkv(2, 300, 700, 6, 2, 64, dtype, 11, 4.0)
-    first = flashcore.attention(*tensors, causal=True, return_lse=True)
-    for _ in range(5):
-        again = flashcore.attention(*tensors, causal=True, return_lse=True)
-        assert all(arrays.same_bits(a, b) for a, b in zip(first, again, strict=True))
+    for backend in backends(arrays.device):
+        options = {"causal": True, "return_lse": True, "backend": backend}
+        first = flashcore.attention(*tensors, **options)
+        for _ in range(5):
+            again = flashcore.attention(*tensors, **options)
+            assert all(arrays.same_bits(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 3000), (5, 700), (300, 300)])
 def test_batch_invariant(arrays, seqlen_q, seqlen_k):
     """A sequence gets the same bits alone and in any batch."""
     tensors = arrays.qkv(9, seqlen_q, seqlen_k, 4, 2, 64, arrays.half, 13, 4.0)
-    together = flashcore.attention(*tensors, causal=True, batch_invariant=True, return_lse=True)
-    for first, last in ((0, 1), (8, 9), (3, 7)):
-        some = flashcore.attention(
-            *(a[first:last] for a in tensors), causal=True, batch_invariant=True, return_lse=True
-        )
-        assert all(arrays.same_bits(a, b[first:last]) for a, b in zip(some, together, strict=True))
+    for backend in backends(arrays.device):
+        options = {"causal": True, "batch_invariant": True, "return_lse": True, "backend": backend}
+        together = flashcore.attention(*tensors, **options)
+        for first, last in ((0, 1), (8, 9), (3, 7)):
+            some = flashcore.attention(*(a[first:last] for a in tensors), **options)
+            assert all(arrays.same_bits(a, b[first:last]) for a, b in zip(some, together, strict=True))
 
 
 def test_backends_by_name(arrays):
-    """Forced to the machine that would run anyway, the bits are the same."""
+    """Forced to the machine that would run anyway, the bits are the same. One that this device has not is refused."""
     tensors = arrays.qkv(1, 100, 100, 2, 2, 64, arrays.half, 17)
-    backend = "sm80" if arrays.on_gpu else "cpu"
-    out = flashcore.attention(*tensors, backend=backend)
-    assert_attention(arrays, out, None, *tensors, Options())
-    if flashcore.plan(*tensors).backend == backend:
-        assert arrays.same_bits(out, flashcore.attention(*tensors))
+    here = backends(arrays.device)
+    chosen = flashcore.plan(*tensors).backend
+    assert chosen == here[0]
+    for backend in here:
+        out = flashcore.attention(*tensors, backend=backend)
+        assert_attention(arrays, out, None, *tensors, Options())
+        if chosen == backend:
+            assert arrays.same_bits(out, flashcore.attention(*tensors))
+    if "sm90" not in here:
+        with pytest.raises(RuntimeError if arrays.on_gpu else ValueError, match="sm90"):
+            flashcore.attention(*tensors, backend="sm90")

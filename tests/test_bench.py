@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -19,11 +21,12 @@ def bench(monkeypatch):
     """The modules of bench/, which are scripts and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import compare
+    import plot
     import report
     import suites
 
-    yield SimpleNamespace(compare=compare, report=report, suites=suites)
-    for name in ("compare", "report", "suites"):
+    yield SimpleNamespace(compare=compare, plot=plot, report=report, suites=suites)
+    for name in ("compare", "plot", "report", "suites"):
         sys.modules.pop(name, None)
 
 
@@ -83,9 +86,69 @@ def test_a_peer_that_fails_is_left_out(bench, device):
     assert "not here" in result["providers"]["failing"]["absent"]
 
 
+def by_sequence(cell, q, k, v, out):
+    """A peer for windows and variable lengths that is nobody's kernel: float32, a sequence at a time."""
+    result = torch.empty_like(q)
+    packed, rows_q, rows_k = result.flatten(0, 1), 0, 0
+    q, k, v = (x.flatten(0, 1).float() for x in (q, k, v))
+    for queries, keys in cell.sequences:
+        own_q, own_k = slice(rows_q, rows_q + queries), slice(rows_k, rows_k + keys)
+        key, value = (x[own_k].repeat_interleave(cell.heads // cell.kv_heads, 1) for x in (k, v))
+        score = torch.einsum("qhd,khd->hqk", q[own_q], key) / math.sqrt(cell.head_dim)
+        distance = torch.arange(queries)[:, None] + (keys - queries) - torch.arange(keys)
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if cell.causal:
+            hidden |= distance < 0
+        if cell.window is not None:
+            hidden |= distance > cell.window
+        weight = score.masked_fill(hidden.to(q.device), -math.inf).softmax(-1)
+        packed[own_q] = torch.einsum("hqk,khd->qhd", weight, value).to(out.dtype)
+        rows_q, rows_k = rows_q + queries, rows_k + keys
+    return result
+
+
+def varlen_cell(bench):
+    return bench.suites.Cell(3, 4, 70, 64, True, "float16", heads_k=2, lengths=(33, 70, 1))
+
+
+def window_cell(bench):
+    return bench.suites.Cell(2, 4, 150, 64, True, "float16", window=20)
+
+
+@pytest.mark.parametrize("cell_of", [varlen_cell, window_cell])
+def test_variable_lengths_and_windows_are_checked_and_timed(bench, device, cell_of):
+    result = run(bench, cell_of(bench), device, peers={"by sequence": by_sequence})
+    assert result["problem"] == "" and result["ratios"]["by sequence"] > 0
+
+
+@pytest.mark.parametrize(
+    "cell_of, wrong",
+    [(varlen_cell, {"lengths": (34, 69, 1)}), (window_cell, {"window": 19}), (window_cell, {"window": None})],
+)
+def test_a_wrong_boundary_is_found(bench, device, cell_of, wrong):
+    cell = cell_of(bench)
+    spoiled = bench.suites.Cell(**{**asdict(cell), **wrong})
+    right = bench.compare.flashcore_provider(None)
+    ours = lambda cell, *arrays: right(spoiled, *arrays)  # noqa: E731
+    assert "error" in run(bench, cell, device, ours, {"by sequence": by_sequence})["problem"]
+
+
+def test_sdpa_says_that_it_has_no_windows(bench, device):
+    result = run(bench, window_cell(bench), device, peers={"cudnn": bench.compare.sdpa_provider(None)})
+    assert "SDPA has no windows" in result["providers"]["cudnn"]["absent"] and "no peer ran" in result["problem"]
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--suite", "none"], ["--suite", "cpu", "forward"], ["--suite", "cpu", "--peers", "none"], ["--rounds", "x"]],
+    [
+        ["--suite", "none"],
+        ["--suite", "cpu", "forward"],
+        ["--suite", "cpu", "--peers", "none"],
+        ["--rounds", "x"],
+        ["--suite", "cpu", "--cells", "3"],
+        ["--suite", "cpu", "--cells", "1000:"],
+        ["--suite", "cpu", "--cells", "x:"],
+    ],
 )
 def test_bad_usage_is_exit_status_2(bench, arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -98,6 +161,181 @@ def test_the_forward_suite_has_the_cells_of_the_table(bench):
     assert len(cells) == 12 and {c.batch * c.seqlen for c in cells} == {16384}
     assert {c.heads * c.head_dim for c in cells} == {2048} and {c.dtype for c in cells} == {"bfloat16"}
     assert cells[-1].flops == 2 * 16 * 16384**2 * 128 and cells[0].bytes == 4 * 16384 * 2048 * 2
+
+
+def test_the_other_suites_have_the_cells_of_the_tables(bench):
+    suites = bench.suites.suites()
+    for name, count in (("forward_more", 30), ("grid", 120)):
+        cells = suites[name]
+        assert len(cells) == len({c.label for c in cells}) == count
+        assert {c.batch * c.seqlen for c in cells} == {16384}
+        heads = {c.head_dim: c.heads for c in cells}
+        assert heads == {64: 32, 96: 21, 128: 16, 192: 10, 256: 8}
+    assert not set(suites["forward"]) & set(suites["forward_more"])
+    assert set(suites["forward"]) | set(suites["forward_more"]) <= set(suites["grid"])
+    assert [c.dtype for c in suites["grid"]] == ["bfloat16"] * 60 + ["float16"] * 60
+
+    first = suites["varlen"][0]
+    assert first.shape_q == first.shape_k == (1, 115725, 16, 128) and suites["varlen"][1].shape_k == (1, 115725, 8, 128)
+    assert first.flops / 2295e-6 == pytest.approx(531e12, rel=1e-3)  # as the peer was measured
+    window, unmasked = suites["window"]
+    assert window.flops == unmasked.flops == 4 * 16 * 16384 * 1024 * 128
+    assert window.bytes == unmasked.bytes
+
+
+def tiny_suite(bench, monkeypatch):
+    lengths = (33, 40, 47)
+    tiny = [bench.suites.Cell(1, 2, s, 16, causal, "float32") for s in lengths for causal in (False, True)]
+    monkeypatch.setattr(bench.compare, "suites", lambda: {**bench.suites.suites(), "cpu": tiny})
+    return tiny
+
+
+def test_parts_of_a_suite_come_together_in_one_file(bench, monkeypatch, tmp_path, capsys):
+    labels = [c.label for c in tiny_suite(bench, monkeypatch)]
+    common = ["--suite", "cpu", "--output", str(tmp_path), "--rotate", "1e-6", "--milliseconds", "1", "--rounds", "1"]
+    common += ["--quiet", "--name", "parts", "--commit"]
+    read = lambda: json.loads((tmp_path / "parts.json").read_text())  # noqa: E731
+
+    assert bench.compare.main([*common, "a", "--cells", "0:1", "--append"]) == 2  # to nothing
+    assert "parts.json" in capsys.readouterr().err
+    assert bench.compare.main([*common, "a", "--cells", "4:"]) == 0
+    assert [c["label"] for c in read()["cells"]] == labels[4:]
+    assert bench.compare.main([*common, "a", "--cells", ":3", "--append"]) == 0
+    assert [c["label"] for c in read()["cells"]] == labels[:3] + labels[4:]
+    assert read()["geometric_means"]["sdpa"]["cells"] == 5
+
+    before = read()
+    assert bench.compare.main([*common, "a", "--cells", "2:4", "--append"]) == 0
+    after = read()
+    assert [c["label"] for c in after["cells"]] == labels and after["cells"][0] == before["cells"][0]
+    assert after["cells"][2] != before["cells"][2]  # measured again
+
+    def never(*_):
+        raise AssertionError("measured before it was refused")
+
+    monkeypatch.setattr(bench.compare, "run_cell", never)
+    for key, value in (("commit", "b"), ("backend", "sm80"), ("providers", ["flashcore"]), ("method", {})):
+        (tmp_path / "parts.json").write_text(json.dumps({**after, key: value}))
+        assert bench.compare.main([*common, "a", "--append"]) == 2
+        assert f"has {key} " in capsys.readouterr().err
+
+
+def test_a_run_cut_short_keeps_its_cells(bench, monkeypatch, tmp_path):
+    labels = [c.label for c in tiny_suite(bench, monkeypatch)]
+    right, done = bench.compare.run_cell, []
+
+    def cut_short(cell, *rest):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return right(cell, *rest)
+
+    monkeypatch.setattr(bench.compare, "run_cell", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        bench.compare.main(
+            ["--suite", "cpu", "--output", str(tmp_path), "--milliseconds", "1", "--quiet", "--name", "cut"]
+        )
+    assert [c["label"] for c in json.loads((tmp_path / "cut.json").read_text())["cells"]] == labels[:2]
+
+
+def made_up(bench, suite, backend, device="a GPU", ceiling=800.0):
+    """A report with figures that say nothing, for what is done with reports."""
+    cells = []
+    for place, cell in enumerate(bench.suites.suites()[suite]):
+        providers = {}
+        for name, speed in (("flashcore", 400.0 + place), ("flash", 200.0), ("fa3", 300.0 + 2 * place)):
+            time = cell.flops / speed / 1e6
+            rates = {"tflops": speed, "tbytes_per_second": cell.bytes / time / 1e6}
+            providers[name] = {"max_error": 0.0, "relative_error": 0.0, "microseconds": time, "spread": 0.0, **rates}
+        ratios = {n: p["microseconds"] / providers["flashcore"]["microseconds"] for n, p in providers.items()}
+        del ratios["flashcore"]
+        cells.append({**asdict(cell), "label": cell.label, "problem": "", "providers": providers, "ratios": ratios})
+    facts = {"date": "2026-01-01", "commit": "0" * 40, "device": device, "versions": {}, "driver": "1"}
+    if bench.suites.is_forward(suite):
+        facts["matmul_tflops"] = ceiling
+    if suite == "window":
+        facts["over_unmasked"] = bench.compare.over_unmasked(cells)
+    means = bench.compare.geometric_means(cells)
+    names = ["flashcore", "flash", "fa3"]
+    head = {"kind": "compare", "suite": suite, "backend": backend, **facts}
+    return {**head, "providers": names, "cells": cells, "geometric_means": means}
+
+
+def written(bench, folder, *reports):
+    """README as it is made from `reports`, and what --check says of it."""
+    for report in reports:
+        (folder / f"{report['suite']}-{report['backend']}.json").write_text(json.dumps(report))
+    readme = folder / "README.md"
+    readme.write_text(f"{bench.report.BEGIN}\n{bench.report.END}\n")
+    places = ["--readme", str(readme), "--results", str(folder)]
+    assert bench.report.main(places) == 0 and bench.report.main(["--check", *places]) == 0
+    return readme.read_text(), lambda: bench.report.main(["--check", *places])
+
+
+def test_readme_tells_one_backend_in_full_and_the_other_in_a_line(bench, tmp_path):
+    readme, _ = written(bench, tmp_path, made_up(bench, "forward", "sm80"), made_up(bench, "forward", "sm90"))
+    assert readme.count("### Forward") == 1 and "FlashCore's backend sm90;" in readme
+    assert "| 16, 32, 1024, 64 bf16 | 400 | 200 | 300 | fa3 | 1.33 |" in readme  # rates, not times
+    (line,) = [line for line in readme.splitlines() if line.startswith("Backend sm80:")]
+    assert "(12 cells)" in line and "`bench/results/forward-sm80.json`" in line
+    assert "matmul reaches 800 TFLOP/s" in readme
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["forward-sm90.svg"]
+    assert "](bench/results/forward-sm90.svg)" in readme
+
+
+def test_readme_sums_up_the_grid(bench, tmp_path):
+    grid = made_up(bench, "grid", "sm90")
+    grid["cells"][7]["problem"] = "a reason"
+    assert bench.compare.geometric_means(grid["cells"])["best"]["cells"] == 119
+    readme, _ = written(bench, tmp_path, grid)
+    rows = [line for line in readme.splitlines() if line.startswith("| ") and " | fa3 |" in line]
+    assert len(rows) == 10 and rows[0].startswith("| 64 bf16 | 11 | ") and "wrong: a reason" in readme
+    speeds = [(400 + i) / (300 + 2 * i) for i in range(12) if i != 7]
+    assert rows[0].split(" | ")[2] == f"{math.prod(speeds) ** (1 / 11):.2f}"
+    assert rows[0].split(" | ")[3:5] == [f"{speeds[-1]:.3f}", grid["cells"][11]["label"]]
+
+
+def test_readme_holds_the_window_against_unmasked_tiles(bench, tmp_path):
+    window = made_up(bench, "window", "sm90")
+    assert window["over_unmasked"]["flashcore"] == pytest.approx(401 / 400)
+    readme, _ = written(bench, tmp_path, window)
+    assert "none masked: flashcore 1.00, flash 1.00, fa3 1.01." in readme
+    assert bench.compare.over_unmasked(window["cells"][:1]) == {}
+
+
+def test_check_covers_the_plots(bench, tmp_path, capsys):
+    _, check = written(bench, tmp_path, made_up(bench, "forward", "sm90"), made_up(bench, "varlen", "sm90"))
+    (path,) = tmp_path.glob("*.svg")
+    text = path.read_text()
+    path.write_text(text.replace("matmul 800", "matmul 900"))
+    assert check() == 1 and "forward-sm90.svg" in capsys.readouterr().err
+    path.unlink()
+    assert check() == 1
+    path.write_text(text)
+    assert check() == 0
+    (tmp_path / "gone.svg").write_text(text)  # of no report
+    assert check() == 1
+    written(bench, tmp_path)
+    assert list(tmp_path.glob("*.svg")) == [path] and path.read_text() == text
+
+
+def test_a_plot_has_a_panel_and_a_line_for_each(bench):
+    from xml.etree import ElementTree
+
+    report = made_up(bench, "grid", "sm90")
+    del report["cells"][3]["providers"]["fa3"]["tflops"]  # a peer that did not run
+    report["cells"][4]["problem"] = "wrong"
+    drawn = ElementTree.fromstring(bench.plot.svg(report))
+    of = lambda name: [e for e in drawn.iter() if e.get("class") == name]  # noqa: E731
+    assert len(of("panel")) == 5 * 4 and len(of("p-flashcore")) == 1 + 5 * 4
+    assert len(of("ceiling")) == 1 + 5 * 4
+    marks = [len(list(e.iter("{http://www.w3.org/2000/svg}path"))) - 1 for e in of("p-fa3")[1:]]
+    assert sorted(marks) == [5, 5] + [6] * 18
+    heights = [float(e.get("transform").split()[1][:-1]) for e in of("mark")]
+    assert min(heights) >= 0  # nothing above its panel
+    assert len(list(ElementTree.fromstring(bench.plot.svg({**report, "matmul_tflops": None})).iter())) < len(
+        list(drawn.iter())
+    )
 
 
 def test_from_a_result_file_to_readme(bench, monkeypatch, tmp_path, capsys):

@@ -189,7 +189,10 @@ def gpu_rows():
             "cuda",
         )
     yield Row("backend cpu for CUDA arrays", lambda a, c: {"backend": "cpu"}, ValueError, "backend", "cpu", "", "cuda")
-    yield Row("backend sm80 for CPU arrays", lambda a, c: {"backend": "sm80"}, ValueError, "backend", "sm80", "", "cpu")
+    for gpu in ("sm80", "sm90"):
+        yield Row(
+            f"backend {gpu} for CPU arrays", lambda a, c, x=gpu: {"backend": x}, ValueError, "backend", gpu, "", "cpu"
+        )
 
 
 def option_rows():

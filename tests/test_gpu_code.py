@@ -10,15 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from arrays import backends
 
 import flashcore
 
+# The head dimensions that each machine's kernel is compiled for.
+INSTANCES = {"sm80": (32, 64, 96, 128, 192, 256), "sm90": (64, 96, 128, 192, 256)}
 
-def run(device: str, **variables: str) -> list[str]:
+
+def run(device: str, *backends: str, **variables: str) -> list[str]:
     if device != "cuda":
         pytest.skip("the GPU's code")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("gpu_instances.py"))],
+        [sys.executable, str(Path(__file__).with_name("gpu_instances.py")), *backends],
         env={**os.environ, **variables},
         timeout=300,
         capture_output=True,
@@ -31,24 +35,30 @@ def run(device: str, **variables: str) -> list[str]:
 
 def test_every_instance_of_this_gpu(device):
     ran = run(device)
-    for dtype in ("float16", "bfloat16"):
-        for head_dim in (32, 64, 96, 128, 192, 256):
-            assert any(f"{dtype} head_dim {head_dim} " in line for line in ran)
+    for backend in backends(device):
+        for dtype in ("float16", "bfloat16"):
+            for head_dim in INSTANCES[backend]:
+                assert any(line.startswith(f"{backend}_forward {dtype} head_dim {head_dim} ") for line in ran)
+            if backend == "sm90":  # packed heads, and each of head dimension 64's tiles
+                assert all(any(dtype in line and f"packed {n}" in line for line in ran) for n in (3, 4))
+                assert {192, 128} <= {
+                    int(line.split()[5]) for line in ran if f"sm90_forward {dtype} head_dim 64 " in line
+                }
 
 
 def test_the_tiles_of_gpus_with_less_shared_memory(device):
     """FLASHCORE_PLAN_AS takes a named device's properties in place of the GPU's."""
-    ran = run(device, FLASHCORE_PLAN_AS="rtx4090")
+    ran = run(device, "sm80", FLASHCORE_PLAN_AS="rtx4090")
     shape = (1, 512, 8, 256)
     plan = flashcore.plan(shape, shape, shape, dtype="float16", device="rtx4090")
     assert any(f"float16 head_dim 256 tile {plan.tile_q} x {plan.tile_k}" in line for line in ran)
 
 
 def test_code_compiled_by_the_driver(device):
-    """What runs on compute capability 10.x and 12.x."""
+    """What runs on compute capability 10.x and 12.x: the sm80 kernels, the only ones that have PTX."""
     if not any(arch.startswith("compute_") for arch in flashcore.info()["cuda"]["archs"]):
         pytest.skip("this build carries no PTX")
-    assert run(device, CUDA_FORCE_PTX_JIT="1")
+    assert run(device, "sm80", CUDA_FORCE_PTX_JIT="1")
 
 
 def test_planning_as_an_unknown_device_is_refused(device):

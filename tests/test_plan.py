@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
+from arrays import backends
 
 import flashcore
 
@@ -18,6 +22,13 @@ SHARED_MEMORY = {
 }
 # Multiprocessors.
 UNITS = {"a100": 108, "l4": 58, "rtx4090": 128, "h100": 132, "h200": 132, "b200": 148}
+# A build with CUDA but without sm_90a has no sm90 for them.
+SM90 = not flashcore.info()["cuda"]["built"] or "sm_90a" in flashcore.info()["cuda"]["archs"]
+HOPPER = ("h100", "h200") if SM90 else ()
+needs_sm90 = pytest.mark.skipif(not SM90, reason="this build has no code for sm_90a")
+CAPABILITY = {"a100": "8.0", "l4": "8.9", "rtx4090": "8.9", "h100": "9.0", "h200": "9.0", "b200": "10.0"}
+INSTANCES = {"sm80": (32, 64, 96, 128, 192, 256), "sm90": (64, 96, 128, 192, 256)}  # head dimensions
+SM90_TILE_Q = {64: (128, 192), 96: (128,), 128: (128,), 192: (128,), 256: (128,)}
 HEAD_DIMS = (8, 16, 24, 32, 40, 64, 72, 80, 96, 104, 128, 136, 160, 192, 200, 256)
 
 
@@ -25,6 +36,20 @@ def shape_plan(name, query, key=None, **options):
     options.setdefault("dtype", "float16")
     key = key or query
     return flashcore.plan(query, key, options.pop("value", key), device=name, **options)
+
+
+def forced(gpu) -> tuple[str, ...]:
+    """The machines that a GPU has. None of them forced, it is sm80 today."""
+    return ("sm80", "sm90") if gpu in HOPPER else ("sm80",)
+
+
+def check_grid(p, name, batch, seqlen_q, heads_q):
+    """Enough tiles for all queries of all heads, and none beyond; a block for each tile, or few that go on and on."""
+    assert p.tiles == batch * (heads_q // p.packed_heads) * -(-seqlen_q // (p.tile_q // p.packed_heads))
+    if p.backend == "sm90":
+        assert min(p.tiles, UNITS[name]) <= p.blocks <= min(p.tiles, 4 * UNITS[name])
+    else:
+        assert p.blocks == p.tiles * p.splits
 
 
 @pytest.fixture(params=SHARED_MEMORY)
@@ -38,19 +63,19 @@ def gpu(request, device) -> str:
 def test_fits_the_device(gpu, head_dim, dtype):
     """The instance holds the head dimension, and its tiles of queries, keys and values fit into a block's shared
     memory."""
-    for softcap in (0.0, 30.0):
-        p = shape_plan(gpu, (2, 1000, 8, head_dim), dtype=dtype, softcap=softcap)
-        assert p.backend == "sm80" and p.kernel == "sm80_forward"
-        assert head_dim <= p.head_dim <= 256 and p.head_dim % 8 == 0
-        assert p.head_dim - head_dim < 64  # not much work on padding
+    for softcap, backend in itertools.product((0.0, 30.0), (None, *forced(gpu))):
+        p = shape_plan(gpu, (2, 1000, 8, head_dim), dtype=dtype, softcap=softcap, backend=backend)
+        assert p.backend == (backend or "sm80") and p.kernel == f"{p.backend}_forward"
+        assert p.head_dim == next(d for d in INSTANCES[p.backend] if d >= head_dim)
         smallest = p.tile_k * p.head_dim * 2  # one tile of keys in 16 bits
         assert smallest <= p.shared_memory <= SHARED_MEMORY[gpu]
         assert p.threads % 32 == 0 and 32 <= p.threads <= 1024
         assert p.tile_q % 16 == 0 and p.tile_k % 16 == 0
-        assert p.splits >= 1 and p.workspace >= 0
-        # Enough blocks for all queries of all heads, and none beyond what whole tiles need.
-        assert p.blocks == 2 * 8 * -(-1000 // p.tile_q) * p.splits
-        assert p.reason and gpu in p.reason
+        if p.backend == "sm90":  # 64 rows for each warpgroup that computes, and one warpgroup that loads
+            assert p.tile_q in SM90_TILE_Q[p.head_dim] and p.threads == 2 * p.tile_q + 128
+        assert p.splits >= 1 and p.workspace >= 0 and p.packed_heads == 1
+        check_grid(p, gpu, 2, 1000, 8)
+        assert gpu in p.reason and CAPABILITY[gpu] in p.reason
 
 
 def test_head_dim_256_with_99_kib(device):
@@ -78,71 +103,201 @@ def test_cpu(device, head_dim, dtype):
 
 def test_same_question_same_answer(gpu):
     """A pure function of values; plans compare by value and are hashable, their text tells them apart."""
-    ask = dict(query=(3, 513, 12, 128), key=(3, 700, 4, 128), causal=True)
-    plans = [shape_plan(gpu, **ask) for _ in range(3)]
-    assert plans[0] == plans[1] == plans[2] and hash(plans[0]) == hash(plans[1])
-    assert repr(plans[0]) == repr(plans[1])
-    other = shape_plan(gpu, (3, 513, 12, 64), (3, 700, 4, 64), causal=True)
-    assert other != plans[0] and repr(other) != repr(plans[0])
-    assert plans[0] != "a plan"
-    for field in (
-        "backend",
-        "kernel",
-        "head_dim",
-        "tile_q",
-        "tile_k",
-        "threads",
-        "blocks",
-        "splits",
-        "shared_memory",
-        "workspace",
-    ):
-        assert f"{field}={getattr(plans[0], field)!r}" in repr(plans[0])
-    with pytest.raises(AttributeError):
-        plans[0].tile_q = 1
+    for backend in (None, *forced(gpu)):
+        options = dict(causal=True, backend=backend)
+        plans = [shape_plan(gpu, (3, 513, 12, 128), (3, 700, 4, 128), **options) for _ in range(3)]
+        assert plans[0] == plans[1] == plans[2] and hash(plans[0]) == hash(plans[1])
+        assert repr(plans[0]) == repr(plans[1])
+        other = shape_plan(gpu, (3, 513, 12, 64), (3, 700, 4, 64), **options)
+        assert other != plans[0] and repr(other) != repr(plans[0])
+        assert plans[0] != "a plan"
+        for field in (
+            "backend",
+            "kernel",
+            "head_dim",
+            "tile_q",
+            "tile_k",
+            "packed_heads",
+            "tiles",
+            "threads",
+            "blocks",
+            "splits",
+            "shared_memory",
+            "workspace",
+        ):
+            assert f"{field}={getattr(plans[0], field)!r}" in repr(plans[0])
+        with pytest.raises(AttributeError):
+            plans[0].tile_q = 1
 
 
 def test_layouts(gpu):
     """The same problem in the other layout has the same plan."""
-    a = shape_plan(gpu, (2, 1000, 8, 64), (2, 500, 4, 64))
-    b = shape_plan(gpu, (2, 8, 1000, 64), (2, 4, 500, 64), layout="bhsd")
-    assert a == b
+    for backend in (None, *forced(gpu)):
+        a = shape_plan(gpu, (2, 1000, 8, 64), (2, 500, 4, 64), backend=backend)
+        b = shape_plan(gpu, (2, 8, 1000, 64), (2, 4, 500, 64), layout="bhsd", backend=backend)
+        assert a == b
 
 
 def test_varlen(gpu):
-    shapes = dict(query=(5000, 8, 64), key=(7000, 2, 64), cu_seqlens_q=(10,), cu_seqlens_k=(10,))
-    p = shape_plan(gpu, **shapes, max_seqlen_q=600, max_seqlen_k=900, causal=True)
-    assert p.backend == "sm80"
-    # However the 5000 queries fall into 9 sequences, there are blocks for them.
-    assert p.blocks >= 8 * -(-5000 // p.tile_q)
-    assert p == shape_plan(gpu, **shapes, max_seqlen_q=600, max_seqlen_k=900, causal=True, seqused_k=(9,))
-    assert shape_plan(gpu, **shapes).backend == "sm80"
+    for backend in (None, *forced(gpu)):
+        shapes = dict(query=(5000, 8, 64), key=(7000, 2, 64), cu_seqlens_q=(10,), cu_seqlens_k=(10,), backend=backend)
+        p = shape_plan(gpu, **shapes, max_seqlen_q=600, max_seqlen_k=900, causal=True)
+        assert p.backend == (backend or "sm80")
+        # However the 5000 queries fall into 9 sequences, there are tiles for them: most where each has one query too
+        # many.
+        queries = p.tile_q // p.packed_heads
+        assert p.tiles >= 8 // p.packed_heads * ((5000 - 9) // queries + 9)
+        assert min(p.tiles, UNITS[gpu]) <= p.blocks <= p.tiles
+        assert p == shape_plan(gpu, **shapes, max_seqlen_q=600, max_seqlen_k=900, causal=True, seqused_k=(9,))
+        assert shape_plan(gpu, **shapes).backend == p.backend
+        # Hints may be wrong, so that there are tiles for all queries whatever they say.
+        short = shape_plan(gpu, **shapes, max_seqlen_q=1)
+        assert short.tiles >= 8 // short.packed_heads * ((5000 - 9) // (short.tile_q // short.packed_heads) + 9)
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 16, 100, 128, 192, 4096])
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 71, 200])
+def test_packed_heads(device, group, seqlen_q, head_dim):
+    """Query heads of one key head share a tile where that leaves fewer rows of it empty."""
+    for causal in (False, True):
+        for batch, heads_k in ((1, 1), (3, 2)):
+            query, key = (batch, seqlen_q, heads_k * group, head_dim), (batch, 1000, heads_k, head_dim)
+            p = shape_plan("h100", query, key, causal=causal, backend="sm90")
+            assert p.backend == "sm90" and p.packed_heads in (1, group)
+            check_grid(p, "h100", batch, seqlen_q, heads_k * group)
+            if p.packed_heads > 1:
+                assert group <= p.tile_q
+                apart = batch * heads_k * group * -(-seqlen_q // p.tile_q)
+                assert p.tiles < apart, "packed without need"
+                assert f"{group} query heads" in p.reason
+            if seqlen_q == 1 and 1 < group <= 128:
+                assert p.packed_heads == group and p.tiles == batch * heads_k
+            for name in ("a100", "h100", "cpu"):
+                assert shape_plan(name, query, key, causal=causal).packed_heads == 1
+
+
+@needs_sm90
+def test_packed_heads_of_variable_lengths(device):
+    """Decoding with grouped heads packs; long sequences gain nothing that would be worth the other loads."""
+    for group in (1, 3, 4, 5, 7, 71, 200):
+        for total in (9, 90, 9000):
+            shapes = dict(query=(total, 2 * group, 128), key=(7000, 2, 128), cu_seqlens_q=(10,), cu_seqlens_k=(10,))
+            for hints in ({}, {"max_seqlen_q": total // 9, "max_seqlen_k": 7000}):
+                p = shape_plan("h100", **shapes, **hints, backend="sm90")
+                assert p.backend == "sm90" and p.packed_heads in (1, group)
+                queries = p.tile_q // p.packed_heads
+                assert queries >= 1
+                assert p.tiles >= 2 * group // p.packed_heads * ((total - 9) // queries + 9)
+
+
+@needs_sm90
+def test_no_packed_heads_beyond_what_tma_encodes(device):
+    """A step over the heads of a tile is one stride, and must be below 2^40 bytes."""
+    for seqlen, packed in ((2**29 + 1, 1), (2**29 - 127, 4)):
+        query, key = (1, 8, seqlen, 256), (1, 2, seqlen, 256)
+        p = shape_plan("h100", query, key, layout="bhsd", backend="sm90")
+        assert p.packed_heads == packed
+        # As many queries, whose heads lie close together.
+        p = shape_plan("h100", (1, seqlen, 8, 256), (1, seqlen, 2, 256), backend="sm90")
+        assert p.packed_heads == 4
+
+
+@needs_sm90
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_batch_invariant_tiles(device, head_dim, softcap):
+    """The head dimension's first tile whatever the batch, and no packed heads; both differ where it is not asked
+    for."""
+    free, fixed = set(), set()
+    for batch, seqlen_q, heads_q in itertools.product((1, 2, 33), (1, 5, 64, 129, 300, 4096), (4, 12, 16)):
+        for causal in (False, True):
+            options = dict(causal=causal, softcap=softcap, backend="sm90")
+            query, key = (batch, seqlen_q, heads_q, head_dim), (batch, 1000, 4, head_dim)
+            plans = [shape_plan("h100", query, key, **options, batch_invariant=on) for on in (False, True)]
+            check_grid(plans[1], "h100", batch, seqlen_q, heads_q)
+            for found, p in zip((free, fixed), plans, strict=True):
+                found.add((p.head_dim, p.tile_q, p.tile_k, p.packed_heads))
+    ((instance, tile_q, _, packed),) = fixed
+    assert packed == 1 and tile_q == (192 if instance == 64 and softcap == 0.0 else 128)
+    assert {found[3] for found in free} == {1, 3, 4}
+    assert {found[1] for found in free} == (set(SM90_TILE_Q[64]) if tile_q == 192 else {128})
+
+
+@needs_sm90
+def test_batch_invariant_tiles_of_variable_lengths(device):
+    for head_dim in INSTANCES["sm90"]:
+        tiles = set()
+        for sequences, total, group in itertools.product((2, 10, 100), (100, 5000), (1, 4)):
+            shapes = dict(query=(total, 2 * group, head_dim), key=(7000, 2, head_dim))
+            starts = dict(cu_seqlens_q=(sequences,), cu_seqlens_k=(sequences,))
+            p = shape_plan("h100", **shapes, **starts, batch_invariant=True, backend="sm90")
+            tiles.add((p.tile_q, p.tile_k, p.packed_heads))
+        ((tile_q, _, packed),) = tiles
+        assert packed == 1 and tile_q == max(SM90_TILE_Q[head_dim])
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_strides_that_tma_cannot_encode(device, layout):
+    """2^40 bytes or more from one index to the next: sm90 refuses, sm80 runs. (Negative ones, which no shape has:
+    tests/cpp_package/smoke.cc.)"""
+    for name in HOPPER:
+        far = (2, 2**20, 2**12, 128) if layout == "bshd" else (2, 2**12, 2**20, 128)  # 2^40 bytes each of the batch
+        with pytest.raises(ValueError, match="backend.*sm90.*stride"):
+            shape_plan(name, far, layout=layout, backend="sm90")
+        p = shape_plan(name, far, layout=layout)
+        assert p.backend == "sm80" and p.kernel == "sm80_forward" and name in p.reason
+        near = (2, *far[1:3], 120)
+        assert shape_plan(name, near, layout=layout, backend="sm90").backend == "sm90"
+        # The stride of an axis of extent 1 means nothing.
+        assert shape_plan(name, (1, *far[1:]), layout=layout, backend="sm90").backend == "sm90"
 
 
 def test_plans_for_arrays_as_for_shapes(device, arrays):
     tensors = arrays.qkv(2, 130, 200, 4, 2, 64, arrays.half, 1)
-    p = flashcore.plan(*tensors, causal=True)
-    by_name = shape_plan("cuda" if arrays.on_gpu else "cpu", (2, 130, 4, 64), (2, 200, 2, 64), causal=True)
-    # How many threads a CPU has is this machine's matter.
-    fields = ["backend", "kernel", "head_dim", "tile_q", "tile_k", "blocks", "splits", "shared_memory", "workspace"]
-    assert all(getattr(p, field) == getattr(by_name, field) for field in fields)
-    if arrays.on_gpu:
-        assert p == by_name
+    name = "cuda" if arrays.on_gpu else "cpu"
+    for backend in (None, *backends(arrays.device)):
+        p = flashcore.plan(*tensors, causal=True, backend=backend)
+        by_name = shape_plan(name, (2, 130, 4, 64), (2, 200, 2, 64), causal=True, backend=backend)
+        # How many threads a CPU has is this machine's matter.
+        fields = "backend kernel head_dim tile_q tile_k packed_heads tiles blocks splits shared_memory workspace"
+        assert all(getattr(p, field) == getattr(by_name, field) for field in fields.split())
+        if arrays.on_gpu:
+            assert p == by_name
 
 
 def test_empty(gpu):
-    for query, key in (((0, 10, 4, 64), (0, 10, 4, 64)), ((2, 0, 4, 64), (2, 10, 4, 64))):
-        assert shape_plan(gpu, query, key).blocks == 0
-    assert shape_plan(gpu, (2, 10, 4, 64), (2, 0, 4, 64)).blocks > 0  # zeros have to be written
+    for backend, causal in itertools.product((None, *forced(gpu)), (False, True)):
+        options = dict(backend=backend, causal=causal)
+        for query, key in (((0, 10, 4, 64), (0, 10, 4, 64)), ((2, 0, 4, 64), (2, 10, 4, 64))):
+            assert shape_plan(gpu, query, key, **options).blocks == 0
+        assert shape_plan(gpu, (2, 10, 4, 64), (2, 0, 4, 64), **options).blocks > 0  # zeros have to be written
 
 
 def test_forced_backend_that_cannot_run(gpu):
     with pytest.raises(ValueError, match="backend"):
         shape_plan(gpu, (1, 10, 2, 64), backend="cpu")
-    with pytest.raises(ValueError, match="backend"):
-        shape_plan("cpu", (1, 10, 2, 64), backend="sm80")
-    assert shape_plan(gpu, (1, 10, 2, 64), backend="sm80") == shape_plan(gpu, (1, 10, 2, 64))
+    for backend in ("sm80", "sm90"):
+        with pytest.raises(ValueError, match=f"backend.*{backend}"):
+            shape_plan("cpu", (1, 10, 2, 64), backend=backend)
     assert shape_plan("cpu", (1, 10, 2, 64), backend="cpu") == shape_plan("cpu", (1, 10, 2, 64))
+    if gpu not in HOPPER:
+        with pytest.raises(RuntimeError, match=f"{gpu}.*{re.escape(CAPABILITY[gpu])}"):
+            shape_plan(gpu, (1, 10, 2, 64), backend="sm90")
+
+
+def test_forced_backend(gpu):
+    """sm80 runs on every GPU and is chosen on each today; the plan is the same when it is forced. sm90 has to be."""
+    for head_dim in HEAD_DIMS:
+        query, key = (3, 700, 6, head_dim), (3, 500, 2, head_dim)
+        chosen = shape_plan(gpu, query, key, causal=True)
+        assert chosen.backend == "sm80" and "forced" not in chosen.reason
+        for backend in forced(gpu):
+            p = shape_plan(gpu, query, key, causal=True, backend=backend)
+            assert p.backend == backend and p.kernel == f"{backend}_forward" and "forced" in p.reason
+            assert (p == chosen) == (backend == "sm80") and p.packed_heads in ((1,) if backend == "sm80" else (1, 3))
+            check_grid(p, gpu, 3, 700, 6)
 
 
 def test_what_a_gpu_refuses(gpu):
@@ -190,29 +345,32 @@ def test_bad_questions(device):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["h100", "l4", "cpu"])
-def test_sizes_beyond_32_bits_never_wrap(device, name, query, key):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("h100", None), pytest.param("h100", "sm90", marks=needs_sm90), ("l4", None), ("cpu", None)],
+)
+def test_sizes_beyond_32_bits_never_wrap(device, name, backend, query, key):
     """Planned rightly, or refused; never planned too small."""
     try:
-        p = shape_plan(name, query, key)
+        p = shape_plan(name, query, key, backend=backend)
     except ValueError as error:
-        assert any(argument in str(error) for argument in ("query", "key", "value", "seqlen"))
+        arguments = ("query", "key", "value", "seqlen", *(["strides that TMA cannot"] if backend else []))
+        assert any(argument in str(error) for argument in arguments)
         return
     batch, seqlen_q, heads, _ = query
-    tiles = -(-seqlen_q // p.tile_q)
     if name != "cpu":
-        assert p.blocks == batch * heads * tiles * p.splits
-    assert (p.blocks > 0) == (batch * heads * tiles > 0)
+        check_grid(p, name, batch, seqlen_q, heads)
+    assert (p.blocks > 0) == (batch * heads * seqlen_q > 0)
     assert p.workspace >= 0
 
 
 def test_large_sizes_that_must_work(gpu):
     """More than 2^31 elements, and more than 65535 heads and batches (CUDA's limit for the grid's other axes)."""
     for query in ((64, 2**17, 32, 128), (70000, 16, 1, 64), (1, 16, 70000, 64), (1, 2**20, 1, 64)):
-        p = shape_plan(gpu, query)
-        assert p.blocks == query[0] * query[2] * -(-query[1] // p.tile_q) * p.splits
+        for backend, causal in itertools.product((None, *forced(gpu)), (False, True)):
+            check_grid(shape_plan(gpu, query, backend=backend, causal=causal), gpu, *query[:3])
 
 
 def test_a_large_problem_fills_the_device(gpu):
-    p = shape_plan(gpu, (8, 4096, 32, 128), causal=True)
-    assert p.blocks >= UNITS[gpu]
+    for backend in (None, *forced(gpu)):
+        assert shape_plan(gpu, (8, 4096, 32, 128), causal=True, backend=backend).blocks >= UNITS[gpu]

@@ -2,6 +2,7 @@
 # Finds the CUDA compiler and its static runtime, enables the language, and defines
 #   flashcore::cudart      the headers and the static runtime
 #   FLASHCORE_CUDA_FLAGS   for kernels: the architectures, one front-end pass for all of them
+#   FLASHCORE_SM90_FLAGS   for the kernels that need Hopper's own instructions; empty without sm_90a
 # In this order: FLASHCORE_CUDA_HOME (CMake or environment), CUDACXX, the toolkit from PyPI.
 if(NOT FLASHCORE_CUDA_HOME)
   set(FLASHCORE_CUDA_HOME "$ENV{FLASHCORE_CUDA_HOME}")
@@ -46,10 +47,20 @@ set_target_properties(flashcore::cudart PROPERTIES IMPORTED_LOCATION ${FLASHCORE
 target_include_directories(flashcore::cudart SYSTEM INTERFACE ${FLASHCORE_CUDA_HOME}/include)
 target_link_libraries(flashcore::cudart INTERFACE Threads::Threads ${CMAKE_DL_LIBS} rt)
 
-# sm_80,sm_90,compute_80 -> -gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]
+# sm_80,sm_90,sm_90a,compute_80 -> -gencode=arch=compute_80,code=[sm_80,sm_90,compute_80] and, for the sm90 kernels, sm_90a.
 string(REGEX REPLACE "[, ]+" ";" FLASHCORE_CUDA_ARCHS "${FLASHCORE_CUDA_ARCHS}")
+set(kernel_flags --expt-relaxed-constexpr "SHELL:-Xfatbin -compress-all")
+set(general_archs ${FLASHCORE_CUDA_ARCHS})
+set(FLASHCORE_SM90_FLAGS)
+if("sm_90a" IN_LIST FLASHCORE_CUDA_ARCHS)
+  list(REMOVE_ITEM general_archs sm_90a)
+  set(FLASHCORE_SM90_FLAGS "SHELL:-gencode arch=compute_90a,code=sm_90a" ${kernel_flags})
+endif()
+if(NOT general_archs)
+  message(FATAL_ERROR "FLASHCORE_CUDA_ARCHS: 'sm_90a' needs 'sm_90' beside it: not every kernel is Hopper's own.")
+endif()
 set(numbers)
-foreach(arch IN LISTS FLASHCORE_CUDA_ARCHS)
+foreach(arch IN LISTS general_archs)
   if(NOT arch MATCHES "^(sm|compute)_([0-9]+)$")
     message(FATAL_ERROR "FLASHCORE_CUDA_ARCHS: '${arch}' is neither sm_<number> nor compute_<number>.")
   elseif(CMAKE_MATCH_2 LESS 80)
@@ -59,5 +70,5 @@ foreach(arch IN LISTS FLASHCORE_CUDA_ARCHS)
 endforeach()
 list(SORT numbers COMPARE NATURAL)
 list(GET numbers 0 oldest)
-string(REPLACE ";" "," code "${FLASHCORE_CUDA_ARCHS}")
-set(FLASHCORE_CUDA_FLAGS "SHELL:-gencode 'arch=compute_${oldest},code=[${code}]'" --expt-relaxed-constexpr "SHELL:-Xfatbin -compress-all")
+string(REPLACE ";" "," code "${general_archs}")
+set(FLASHCORE_CUDA_FLAGS "SHELL:-gencode 'arch=compute_${oldest},code=[${code}]'" ${kernel_flags})

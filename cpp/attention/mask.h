@@ -16,6 +16,16 @@ constexpr int unlimited = 1 << 30;
 // query.
 struct KeyRange {
   int begin, full_begin, full_end, end;
+
+  // The tiles in an order of work: those that need the mask first, beginning with the last one, then the others
+  // backwards.
+  FLASHCORE_HD int count() const { return end - begin; }
+  FLASHCORE_HD int masked() const { return count() - (full_end - full_begin); }
+  FLASHCORE_HD int tile(int i) const {
+    int const behind = end - full_end;
+    if (i < behind) return end - 1 - i;
+    return i < masked() ? begin + (i - behind) : full_end - 1 - (i - masked());
+  }
 };
 
 // The mask of one sequence. Query q stands at position q + (seqlen_k − seqlen_q) among the keys (the last query on the

@@ -21,7 +21,8 @@ FLASHCORE_HD Span sequence_span(const int32_t* cu_seqlens, int b, int total) {
   return {begin, clamp_to(cu_seqlens[b + 1], begin, total) - begin};
 }
 
-// One tile's work. The sequence's rows start at q_begin and k_begin of their arrays (variable-length; else 0).
+// One tile's work. The sequence's rows start at q_begin and k_begin of their arrays (variable-length; else 0). `head`
+// is the head of the queries, or the group of heads that share the tile.
 struct Work {
   int sequence, head, tile;
   int q_begin, seqlen_q;
@@ -30,13 +31,18 @@ struct Work {
 
 // Fixed-length: the (sequence, head) pairs are cut into sections whose keys and values fit in the L2 cache together.
 // Within a section the last tile of every pair comes first, so that under a causal mask long tiles start early and the
-// short ones fill the end. `heads_per_section` = 1 runs the tiles of a pair one after the other.
+// short ones fill the end. `heads_per_section` = 1 runs the tiles of a pair one after the other. A kernel whose blocks
+// take turns wants sections to be whole rounds: it sets `section_slots` to more than a section has tiles, and the rest
+// stay empty.
 //
 // Variable-length: the number of tiles of each sequence is not known on the host. Sequence b starts at slot
 // cu_seqlens_q[b] / tile_q + b, which leaves each sequence at least the slots it needs; some stay empty. The rows
 // behind the last sequence count as one more sequence, without keys, so that they are written (zeros) like the rest.
 struct TileScheduler {
-  int tile_q, heads_per_section;
+  int tile_q;  // queries of a tile
+  int heads_per_section;
+  int heads;          // of the queries, or groups of heads that share a tile
+  int section_slots;  // indices of a section; tiles of a pair · heads_per_section, or more
 
   // Indices for one head. seqlen_q: the total over all sequences when variable-length.
   static FLASHCORE_HD int64_t slots(bool varlen, int64_t seqlen_q, int64_t batch, int tile_q) {
@@ -51,16 +57,17 @@ struct TileScheduler {
  private:
   FLASHCORE_HD bool fixed_work(const ForwardParams& p, uint32_t index, Work& w) const {
     uint32_t const tiles = ceil_div(p.seqlen_q, tile_q);
-    uint32_t const pairs = uint32_t(p.batch) * p.heads_q;
-    uint32_t const section = index / (tiles * heads_per_section);
-    uint32_t const rest = index - section * (tiles * heads_per_section);
+    uint32_t const pairs = uint32_t(p.batch) * heads;
+    uint32_t const section = index / section_slots;
+    uint32_t const rest = index - section * section_slots;
     uint32_t const first_pair = section * heads_per_section;
     uint32_t const width = pairs - first_pair < uint32_t(heads_per_section) ? pairs - first_pair : heads_per_section;
     uint32_t const row = rest / width;
+    if (row >= tiles) return false;
     uint32_t const pair = first_pair + (rest - row * width);
     w.tile = tiles - 1 - row;
-    w.sequence = pair / p.heads_q;
-    w.head = pair - w.sequence * p.heads_q;
+    w.sequence = pair / heads;
+    w.head = pair - w.sequence * heads;
     w.q_begin = w.k_begin = 0;
     w.seqlen_q = p.seqlen_q;
     w.seqlen_k = p.seqlen_k;
@@ -72,8 +79,8 @@ struct TileScheduler {
   }
 
   FLASHCORE_HD bool varlen_work(const ForwardParams& p, uint32_t index, Work& w) const {
-    int const slot = index / p.heads_q;
-    w.head = index - slot * p.heads_q;
+    int const slot = index / heads;
+    w.head = index - slot * heads;
     // The last sequence whose first slot is not beyond this one.
     int low = 0, high = p.batch;
     while (low < high) {

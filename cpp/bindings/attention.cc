@@ -103,7 +103,8 @@ layout: "bshd" or "bhsd", of query, key, value and the result.
 out: array to write to and return, of query's shape, dtype and device, not overlapping an input. Not for JAX arrays.
 return_lse: also return the natural-log log-sum-exp of the scaled scores, float32, (batch, heads_q, seqlen_q).
 batch_invariant: give a sequence the same bits whatever shares its batch.
-backend: "cpu" or "sm80" forces a machine; None lets FlashCore choose (see flashcore.plan).
+backend: "cpu", "sm80" or "sm90" (compute capability 9.0) forces a machine; None lets FlashCore choose (see
+    flashcore.plan).
 
 Returns an array of query's type and dtype, row-major, on query's device; with return_lse a tuple (array, lse).
 A query that sees no key gives zeros and an lse of -inf.
@@ -157,7 +158,7 @@ void bind_attention(nb::module_& m) {
       "softcap: float = 0.0, layout: typing.Literal['bshd', 'bhsd'] = 'bshd', out: Array | None = None, " \
       "return_lse: " return_lse                                                                           \
       ", batch_invariant: bool = False, "                                                                 \
-      "backend: typing.Literal['cpu', 'sm80'] | None = None) -> " result)
+      "backend: typing.Literal['cpu', 'sm80', 'sm90'] | None = None) -> " result)
 #define FLASHCORE_VARLEN(return_lse, result)                                                              \
   nb::sig(                                                                                                \
       "def attention_varlen(query: Array, key: typing.Any, value: typing.Any, cu_seqlens_q: typing.Any, " \
@@ -166,7 +167,7 @@ void bind_attention(nb::module_& m) {
       "window: tuple[int | None, int | None] | None = None, scale: float | None = None, "                 \
       "softcap: float = 0.0, out: Array | None = None, return_lse: " return_lse                           \
       ", "                                                                                                \
-      "batch_invariant: bool = False, backend: typing.Literal['cpu', 'sm80'] | None = None) -> " result)
+      "batch_invariant: bool = False, backend: typing.Literal['cpu', 'sm80', 'sm90'] | None = None) -> " result)
   fixed(FLASHCORE_FIXED("typing.Literal[False] = False", "Array"));
   fixed(FLASHCORE_FIXED("typing.Literal[True]", "tuple[Array, Array]"));
   varlen(FLASHCORE_VARLEN("typing.Literal[False] = False", "Array"));

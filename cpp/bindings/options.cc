@@ -58,7 +58,8 @@ Backend backend_from(nb::handle backend) {
   if (backend.is_none()) return Backend::automatic;
   if (is_string(backend, "cpu")) return Backend::cpu;
   if (is_string(backend, "sm80")) return Backend::sm80;
-  wrong("backend", backend, "None, 'cpu' or 'sm80'");
+  if (is_string(backend, "sm90")) return Backend::sm90;
+  wrong("backend", backend, "None, 'cpu', 'sm80' or 'sm90'");
 }
 
 }  // namespace

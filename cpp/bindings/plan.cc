@@ -7,6 +7,7 @@
 
 #include "arrays.h"
 #include "bind.h"
+#include "core/problem_facts.h"
 #include "flashcore/flashcore.h"
 #include "options.h"
 
@@ -22,15 +23,16 @@ struct ExplainedPlan {
   std::string reason;
 
   std::string kernel() const { return plan.kernel; }
-  std::string backend() const { return plan.backend == Backend::sm80 ? "sm80" : "cpu"; }
+  std::string backend() const { return to_string(plan.backend); }
   // All but the reason.
   std::string facts() const {
     auto const number = [](const char* name, int64_t value) {
       return std::string(", ") + name + "=" + std::to_string(value);
     };
     return "Plan(backend='" + backend() + "', kernel='" + kernel() + "'" + number("head_dim", plan.head_dim) +
-           number("tile_q", plan.tile_q) + number("tile_k", plan.tile_k) + number("threads", plan.threads) +
-           number("blocks", plan.blocks) + number("splits", plan.splits) + number("shared_memory", plan.shared_memory) +
+           number("tile_q", plan.tile_q) + number("tile_k", plan.tile_k) + number("packed_heads", plan.packed_heads) +
+           number("tiles", plan.tiles) + number("threads", plan.threads) + number("blocks", plan.blocks) +
+           number("splits", plan.splits) + number("shared_memory", plan.shared_memory) +
            number("workspace", plan.workspace);
   }
   std::string repr() const { return facts() + ", reason=" + nb::repr(nb::str(reason.c_str())).c_str() + ")"; }
@@ -133,15 +135,22 @@ Returns a Plan. Raises what the call would raise before it launches anything.)";
 
 void bind_plan(nb::module_& m) {
   nb::class_<ExplainedPlan> plan(m, "Plan", "What a call would run; made by flashcore.plan. Plans compare by value.");
-  plan.def_prop_ro("backend", &ExplainedPlan::backend, "The machine: \"cpu\" or \"sm80\".")
-      .def_prop_ro("kernel", &ExplainedPlan::kernel, "The kernel's name, as \"sm80_forward\".")
+  plan.def_prop_ro("backend", &ExplainedPlan::backend, "The machine: \"cpu\", \"sm80\" or \"sm90\".")
+      .def_prop_ro("kernel", &ExplainedPlan::kernel, "The kernel's name, as \"sm90_forward\".")
       .def_prop_ro(
           "head_dim", [](const ExplainedPlan& self) { return self.plan.head_dim; },
           "The head dimension of the kernel's instance: the problem's, or the next larger one.")
       .def_prop_ro(
-          "tile_q", [](const ExplainedPlan& self) { return self.plan.tile_q; }, "Queries of one tile.")
+          "tile_q", [](const ExplainedPlan& self) { return self.plan.tile_q; },
+          "Rows of one tile: queries, or with packed_heads > 1 queries times heads.")
       .def_prop_ro(
           "tile_k", [](const ExplainedPlan& self) { return self.plan.tile_k; }, "Keys of one tile.")
+      .def_prop_ro(
+          "packed_heads", [](const ExplainedPlan& self) { return self.plan.packed_heads; },
+          "Query heads of one key head whose queries share a tile (tile_q // packed_heads queries of each); 1: none.")
+      .def_prop_ro(
+          "tiles", [](const ExplainedPlan& self) { return self.plan.tiles; },
+          "Tiles of queries over all sequences and heads; more than there are, if sequences differ in length.")
       .def_prop_ro(
           "threads", [](const ExplainedPlan& self) { return self.plan.threads; }, "Threads of a block, or of the CPU.")
       .def_prop_ro(
@@ -176,7 +185,7 @@ void bind_plan(nb::module_& m) {
               "seqused_k: typing.Any = None, causal: bool = False, "
               "window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float = 0.0, "
               "layout: typing.Literal['bshd', 'bhsd'] = 'bshd', batch_invariant: bool = False, "
-              "backend: typing.Literal['cpu', 'sm80'] | None = None, dtype: str | None = None, "
+              "backend: typing.Literal['cpu', 'sm80', 'sm90'] | None = None, dtype: str | None = None, "
               "device: str | None = None) -> Plan"),
       plan_doc);
 }

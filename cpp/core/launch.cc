@@ -4,6 +4,7 @@
 #include "cpu/cpu.h"
 #include "flashcore/flashcore.h"
 #include "sm80/sm80.h"
+#include "sm90/sm90.h"
 
 #if FLASHCORE_HAS_CUDA
 #include "core/cuda_check.h"
@@ -23,6 +24,13 @@ void launch(const Problem& problem, const Plan& plan, void* /*workspace*/) {
     case Backend::sm80: {
       CurrentDevice const current(problem.query.device.index);
       sm80::forward(params, dtype, plan, problem.stream);
+      return;
+    }
+#endif
+#if FLASHCORE_HAS_SM90
+    case Backend::sm90: {
+      CurrentDevice const current(problem.query.device.index);
+      sm90::forward(params, dtype, plan, problem.stream);
       return;
     }
 #endif

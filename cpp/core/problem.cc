@@ -55,6 +55,8 @@ char const* to_string(Backend backend) {
       return "cpu";
     case Backend::sm80:
       return "sm80";
+    case Backend::sm90:
+      return "sm90";
   }
   return "?";
 }

@@ -6,7 +6,7 @@
 
 namespace flashcore {
 
-// "cpu", "sm80"
+// "cpu", "sm80", "sm90"
 char const* to_string(Backend backend);
 
 // The scale that the scores get: the problem's, or 1 / sqrt(head_dim).

@@ -204,7 +204,7 @@ void check_backend(const Problem& problem) {
   if (!fits) {
     refuse("backend", std::string("got \"") + to_string(problem.backend) + "\" for arrays on " +
                           to_string(problem.query.device) + "; expected " +
-                          (device == DeviceType::cpu ? "\"cpu\" or None" : "\"sm80\" or None"));
+                          (device == DeviceType::cpu ? "\"cpu\" or None" : "\"sm80\", \"sm90\" or None"));
   }
 }
 

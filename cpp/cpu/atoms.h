@@ -24,6 +24,8 @@ struct FloatAtom {
   FLASHCORE_HD static Wide load_wide(const Lane* p) { return load(p); }
   FLASHCORE_HD static Wide splat_wide(Lane x) { return splat(x); }
   FLASHCORE_HD static Vec multiply_add(Wide a, Wide b, Vec c) { return a * b + c; }
+  // Weights as the second product's left operand: `to` may be where they come from.
+  FLASHCORE_HD static void store_weights(Lane* to, Vec weights) { store(to, weights); }
 };
 
 #if defined(__AVX512BF16__)
@@ -36,6 +38,9 @@ struct BFloatAtom {
   FLASHCORE_HD static Wide splat_wide(Lane x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   FLASHCORE_HD static Vec multiply_add(Wide a, Wide b, Vec c) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+  FLASHCORE_HD static void store_weights(Lane* to, Vec weights) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)weights));
   }
 };
 #endif
@@ -87,10 +92,11 @@ void score_block(const typename Atom::Lane* queries, const typename Atom::Lane* 
 
 // The second product: out (rows x `vectors`) = ratio · out + weights (row-major, `weight_stride` to a row) · values (a
 // packed panel). Each tile's sum starts from zero, so that no chain is longer than a tile.
-template <int rows, int vectors, int weight_stride>
-void output_block(const float* weights, const float* values, int keys, const float* ratio, float* out, int stride) {
+template <typename Atom, int rows, int vectors, int weight_stride>
+void output_block(const typename Atom::Lane* weights, const typename Atom::Lane* values, int depth, const float* ratio,
+                  float* out, int stride) {
   Vec acc[rows][vectors] = {};
-  outer_products<FloatAtom, rows, vectors, 1, weight_stride>(weights, values, keys, acc);
+  outer_products<Atom, rows, vectors, 1, weight_stride>(weights, values, depth, acc);
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4

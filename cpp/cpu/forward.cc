@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Divides a forward problem into tiles of queries and hands them to the threads, those with the most keys first.
+// Divides a forward problem into tiles of queries and hands them to the threads: head after head, whose keys and values
+// stay in the last-level cache meanwhile, and of each head those with the most keys first.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -20,10 +21,18 @@ namespace {
 struct Slice {
   int sequence;
   int q_begin, queries;
-  int heads;           // query heads of a task
-  int parts;           // tasks of a key head
-  int64_t cost;        // tiles of keys
-  int64_t first_task;  // tasks of the slices before
+  int heads;       // query heads of a task
+  int parts;       // tasks of a key head
+  int64_t cost;    // tiles of keys
+  int first_part;  // tasks of a key head in the sequence's slices before
+};
+
+// The slices of a sequence, costliest first.
+struct SequenceTasks {
+  std::vector<Slice> slices;
+  int64_t cost = 0;        // tiles of keys of a key head
+  int parts = 0;           // tasks of a key head
+  int64_t first_task = 0;  // tasks of the sequences before
 };
 
 struct AlignedDelete {
@@ -47,21 +56,28 @@ Sequence sequence_of(const ForwardParams& p, int b) {
   return {0, q_begin, k_begin, q_end - q_begin, p.seqused_k ? clamp_to(p.seqused_k[b], 0, keys) : keys};
 }
 
-// Where a sequence has fewer queries than a tile, a tile takes in several heads of a group, which share its keys.
-std::vector<Slice> slices_of(const ForwardParams& p, int queries_of_tile) {
-  std::vector<Slice> slices;
-  for (int b = 0; b < p.batch; ++b) {
-    Sequence const s = sequence_of(p, b);
-    Mask const mask = Mask::make(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
-    for (int q = 0; q < s.seqlen_q; q += queries_of_tile) {
-      int const queries = min_of(queries_of_tile, s.seqlen_q - q);
-      int const heads = q > 0 ? 1 : clamp_to(queries_of_tile / queries, 1, p.group);
-      KeyRange const range = mask.key_range(q, q + queries, tile_k);
-      slices.push_back({b, q, queries, heads, ceil_div(p.group, heads), int64_t{range.end} - range.begin, 0});
-    }
+// Where a sequence has few queries, a tile takes in several heads of a group, which share its keys. How many depends on
+// nothing but the sequence, since the blocks that its rows fall into decide their bits.
+SequenceTasks tasks_of(const ForwardParams& p, int b, int queries_of_tile) {
+  constexpr int packed_rows = 96;
+  SequenceTasks tasks;
+  Sequence const s = sequence_of(p, b);
+  Mask const mask = Mask::make(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
+  int const heads = clamp_to(packed_rows / max_of(s.seqlen_q, 1), 1, p.group);
+  int const parts = ceil_div(p.group, heads);
+  for (int q = 0; q < s.seqlen_q; q += queries_of_tile) {
+    int const queries = min_of(queries_of_tile, s.seqlen_q - q);
+    KeyRange const range = mask.key_range(q, q + queries, tile_k);
+    tasks.slices.push_back({b, q, queries, heads, parts, int64_t{range.end} - range.begin, 0});
   }
-  std::stable_sort(slices.begin(), slices.end(), [](const Slice& a, const Slice& b) { return a.cost > b.cost; });
-  return slices;
+  std::stable_sort(tasks.slices.begin(), tasks.slices.end(),
+                   [](const Slice& a, const Slice& b) { return a.cost > b.cost; });
+  for (Slice& slice : tasks.slices) {
+    slice.first_part = tasks.parts;
+    tasks.parts += slice.parts;
+    tasks.cost += slice.cost * slice.parts;
+  }
+  return tasks;
 }
 
 // Rows of a variable-length array behind its last sequence see no key.
@@ -83,21 +99,30 @@ void clear_rest(const ForwardParams& p, int64_t element_bytes) {
 void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
   ForwardTile const forward_tile = chosen().forward_tile;
   Element const element = dtype == float32 ? Element::float32 : dtype == float16 ? Element::float16 : Element::bfloat16;
-  std::vector<Slice> slices = slices_of(params, clamp_to(plan.tile_q, 1, tile_q));
+  std::vector<SequenceTasks> sequences;
   int64_t tasks = 0;
-  for (Slice& slice : slices) {
-    slice.first_task = tasks;
-    tasks += int64_t{params.heads_k} * slice.parts;
+  for (int b = 0; b < params.batch; ++b) {
+    sequences.push_back(tasks_of(params, b, clamp_to(plan.tile_q, 1, tile_q)));
+  }
+  std::stable_sort(sequences.begin(), sequences.end(),
+                   [](const SequenceTasks& a, const SequenceTasks& b) { return a.cost > b.cost; });
+  for (SequenceTasks& sequence : sequences) {
+    sequence.first_task = tasks;
+    tasks += int64_t{params.heads_k} * sequence.parts;
   }
 
   parallel_for(tasks, [&](int64_t task) {
     DefaultFloats const environment;
-    auto const after = std::upper_bound(slices.begin(), slices.end(), task,
-                                        [](int64_t t, const Slice& slice) { return t < slice.first_task; });
-    Slice const& slice = *(after - 1);
-    int const index = static_cast<int>(task - slice.first_task);
-    int const head_k = index / slice.parts;
-    int const head_in_group = index % slice.parts * slice.heads;
+    auto const after = std::upper_bound(sequences.begin(), sequences.end(), task,
+                                        [](int64_t t, const SequenceTasks& s) { return t < s.first_task; });
+    SequenceTasks const& sequence = *(after - 1);
+    int const head_k = static_cast<int>((task - sequence.first_task) / sequence.parts);
+    int const part = static_cast<int>((task - sequence.first_task) % sequence.parts);
+    auto const next = std::upper_bound(sequence.slices.begin(), sequence.slices.end(), part,
+                                       [](int p, const Slice& slice) { return p < slice.first_part; });
+    Slice const& slice = *(next - 1);
+    int const index = part - slice.first_part;
+    int const head_in_group = index * slice.heads;
     QueryTile const tile = {sequence_of(params, slice.sequence),
                             slice.q_begin,
                             slice.queries,

@@ -30,11 +30,18 @@ FLASHCORE_HD Vec transform(const Score& score, Vec s) {
   }
 }
 
-// One row of scores becomes weights 2^(factor · (s − max)), those outside [first, end) zero; `row` takes in the maximum
-// and the sum. Returns what the row's output so far must be multiplied by. The maximum is subtracted before the factor
-// comes in, so that the largest score has a weight of exactly 1.
-template <bool masked, typename Score>
-FLASHCORE_HD float softmax_row(const Score& score, float* scores, Span span, int first, int end, SoftmaxRow& row) {
+// The state of a row: SoftmaxRow's maximum and, lane by lane, its sum.
+struct RowState {
+  Vec sum = splat(0.0f);
+  float max = minus_infinity();
+};
+
+// One row of scores becomes weights 2^(factor · (s − max)), those outside [first, end) zero, in the place of the scores
+// and as `Atom` reads them; `row` takes in the maximum and the sum (of the weights before they are rounded). Returns
+// what the row's output so far must be multiplied by. The maximum is subtracted before the factor comes in, so that the
+// largest score has a weight of exactly 1.
+template <bool masked, typename Atom, typename Score>
+FLASHCORE_HD float softmax_row(const Score& score, float* scores, Span span, int first, int end, RowState& row) {
   Vec const nothing = splat(minus_infinity());
   Vec largest = nothing;
   if (masked || !Score::plain) {
@@ -57,13 +64,22 @@ FLASHCORE_HD float softmax_row(const Score& score, float* scores, Span span, int
   float const ratio = lane_exp2((row.max - offset) * score.factor);
 
   Vec sum = splat(0.0f);
-  for (int k = span.begin; k < span.end; k += lanes) {
-    Vec const weight = exp2_of((load(scores + k) - splat(offset)) * splat(score.factor));
-    store(scores + k, weight);
-    sum = sum + weight;
+  auto* const weights = reinterpret_cast<typename Atom::Lane*>(scores);
+  for (int k = span.begin; k < span.end; k += panel_width) {
+    Vec weight[panel_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < panel_vectors; ++v) {
+      weight[v] = (load(scores + k + v * lanes) - splat(offset)) * splat(score.factor);
+    }
+    exp2_of(weight);
+#pragma GCC unroll 4
+    for (int v = 0; v < panel_vectors; ++v) {
+      Atom::store_weights(weights + (k + v * lanes) / Atom::depth, weight[v]);
+      sum = sum + weight[v];
+    }
   }
   row.max = new_max;
-  row.sum = row.sum * ratio + sum_across(sum);
+  row.sum = row.sum * splat(ratio) + sum;
   return ratio;
 }
 
@@ -78,22 +94,23 @@ void scores_of_block(int height, const typename Atom::Lane* queries, const typen
   return score_block<Atom, 1>(queries, keys, depth, scores, tile_k);
 }
 
-template <int vectors>
-void output_of_block(int height, const float* weights, const float* values, int keys, const float* ratio, float* out,
-                     int stride) {
-  if (height == 6) return output_block<6, vectors, tile_k>(weights, values, keys, ratio, out, stride);
-  if (height == 3) return output_block<3, vectors, tile_k>(weights, values, keys, ratio, out, stride);
-  return output_block<1, vectors, tile_k>(weights, values, keys, ratio, out, stride);
+template <typename Atom, int vectors>
+void output_of_block(int height, const typename Atom::Lane* weights, const typename Atom::Lane* values, int depth,
+                     const float* ratio, float* out, int stride) {
+  if (height == 6) return output_block<Atom, 6, vectors, tile_k>(weights, values, depth, ratio, out, stride);
+  if (height == 3) return output_block<Atom, 3, vectors, tile_k>(weights, values, depth, ratio, out, stride);
+  return output_block<Atom, 1, vectors, tile_k>(weights, values, depth, ratio, out, stride);
 }
 
-void output_of_block(int vectors, int height, const float* weights, const float* values, int keys, const float* ratio,
-                     float* out, int stride) {
+template <typename Atom>
+void output_of_block(int vectors, int height, const typename Atom::Lane* weights, const typename Atom::Lane* values,
+                     int depth, const float* ratio, float* out, int stride) {
   static_assert(panel_vectors == 2 || panel_vectors == 4);
-  if (vectors == 1) return output_of_block<1>(height, weights, values, keys, ratio, out, stride);
-  if (vectors == 2) return output_of_block<2>(height, weights, values, keys, ratio, out, stride);
+  if (vectors == 1) return output_of_block<Atom, 1>(height, weights, values, depth, ratio, out, stride);
+  if (vectors == 2) return output_of_block<Atom, 2>(height, weights, values, depth, ratio, out, stride);
   if constexpr (panel_vectors == 4) {
-    if (vectors == 3) return output_of_block<3>(height, weights, values, keys, ratio, out, stride);
-    return output_of_block<4>(height, weights, values, keys, ratio, out, stride);
+    if (vectors == 3) return output_of_block<Atom, 3>(height, weights, values, depth, ratio, out, stride);
+    return output_of_block<Atom, 4>(height, weights, values, depth, ratio, out, stride);
   }
 }
 
@@ -112,9 +129,9 @@ struct Forward {
   Lane* queries;   // [block][depth][block_rows]
   float* out;      // [row][out_stride]
   Lane* keys;      // [panel][depth][panel_width]
-  float* values;   // [panel][key][column]
-  float* scores;   // [strip_rows][tile_k]
-  SoftmaxRow state[tile_q];
+  Lane* values;    // [panel][key / Atom::depth][column]
+  float* scores;   // [strip_rows][tile_k], and the weights in their place
+  RowState state[tile_q];
   int packed_keys = 0;  // keys of the packed tile, in whole panels
 
   Forward(const ForwardParams& p, const QueryTile& t, float* scratch)
@@ -128,8 +145,8 @@ struct Forward {
     queries = reinterpret_cast<Lane*>(scratch);
     out = scratch + tile_q * max_head_dim;
     keys = reinterpret_cast<Lane*>(out + tile_q * max_head_dim);
-    values = out + tile_q * max_head_dim + tile_k * max_head_dim;
-    scores = values + tile_k * max_head_dim;
+    values = keys + tile_k * max_head_dim;
+    scores = reinterpret_cast<float*>(values + tile_k * max_head_dim);
   }
 
   int query_of(int row) const { return tile.q_begin + row / tile.heads; }
@@ -176,7 +193,7 @@ struct Forward {
              tile.head_k * array.head_stride;
     };
     pack_keys<Atom>(start(params.k), params.k.row_stride, count, params.head_dim, keys);
-    pack_values(start(params.v), params.v.row_stride, count, params.head_dim, values);
+    pack_values<Atom>(start(params.v), params.v.row_stride, count, params.head_dim, values);
     packed_keys = ceil_div(count, panel_width) * panel_width;
   }
 
@@ -221,30 +238,33 @@ struct Forward {
         }
         int const first = masked ? clamp_to(mask.first_key(query_of(row + i)) - first_key, 0, tile_k) : 0;
         int const end = masked ? clamp_to(mask.end_key(query_of(row + i)) - first_key, 0, tile_k) : tile_k;
-        ratio[i] = softmax_row<masked>(score, scores + i * tile_k, span[b], first, end, state[row + i]);
+        ratio[i] = softmax_row<masked, Atom>(score, scores + i * tile_k, span[b], first, end, state[row + i]);
       }
     }
 
-    const float* panel = values;
+    const Lane* panel = values;
     for (int c = 0; c < out_stride; c += panel_width) {
       int const width = min_of(panel_width, out_stride - c);
       for (int b = 0; b < count; ++b) {
         if (span[b].begin == span[b].end) continue;
-        output_of_block(width / lanes, height[b], scores + b * block_rows * tile_k + span[b].begin,
-                        panel + span[b].begin * width, span[b].end - span[b].begin, ratio + b * block_rows,
-                        out + (row + b * block_rows) * out_stride + c, out_stride);
+        output_of_block<Atom>(
+            width / lanes, height[b],
+            reinterpret_cast<const Lane*>(scores + b * block_rows * tile_k) + span[b].begin / Atom::depth,
+            panel + span[b].begin / Atom::depth * width, (span[b].end - span[b].begin) / Atom::depth,
+            ratio + b * block_rows, out + (row + b * block_rows) * out_stride + c, out_stride);
       }
-      panel += packed_keys * width;
+      panel += packed_keys / Atom::depth * width;
     }
   }
 
   void write() const {
     T* const array = static_cast<T*>(params.o.data);
     for (int row = 0; row < rows; ++row) {
-      narrow(out + row * out_stride, state[row].inverse_sum(), params.head_dim, array + offset_of(params.o, row));
+      SoftmaxRow const total = {state[row].max, sum_across(state[row].sum)};
+      narrow(out + row * out_stride, total.inverse_sum(), params.head_dim, array + offset_of(params.o, row));
       if (params.lse) {
         int64_t const head = tile.sequence.batch * params.heads_q + tile.head + row % tile.heads;
-        params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = state[row].lse(score.factor);
+        params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
       }
     }
   }

@@ -85,7 +85,7 @@ void pack_keys(const T* keys, int64_t stride, int count, int head_dim, typename 
 
 // Values [0, count), filled with zeros to whole panels of keys, as panels of panel_width columns (the last as narrow as
 // whole vectors allow): to[panel][key][column].
-template <typename T>
+template <typename Atom, typename T>
 void pack_values(const T* values, int64_t stride, int count, int head_dim, float* to) {
   int const columns = ceil_div(head_dim, lanes) * lanes;
   int const keys = ceil_div(count, panel_width) * panel_width;
@@ -106,6 +106,31 @@ void pack_values(const T* values, int64_t stride, int count, int head_dim, float
     for (int i = count * width; i < keys * width; ++i) to[keys * c + i] = 0.0f;
   }
 }
+
+#if defined(__AVX512BF16__)
+// The same with two keys in a lane: to[panel][key / 2][column][key % 2].
+template <typename Atom>
+void pack_values(const BFloat* values, int64_t stride, int count, int head_dim, uint32_t* to) {
+  static constexpr BFloat zeros[largest_row] = {};
+  int const columns = ceil_div(head_dim, lanes) * lanes;
+  int const pairs = ceil_div(count, panel_width) * panel_width / 2;
+  for (int pair = 0; pair < pairs; ++pair) {
+    const BFloat* const even = 2 * pair < count ? values + 2 * pair * stride : zeros;
+    const BFloat* const odd = 2 * pair + 1 < count ? values + (2 * pair + 1) * stride : zeros;
+    for (int c = 0; c < columns; c += panel_width) {
+      int const width = min_of(panel_width, columns - c);
+      uint32_t* const panel = to + pairs * c + pair * width;
+      for (int v = 0; v < width; v += lanes) {
+        int const present = clamp_to(head_dim - c - v, 0, lanes);
+        __mmask16 const mask = static_cast<__mmask16>((1u << present) - 1);
+        __m512i const low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + c + v));
+        __m512i const high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + c + v));
+        _mm512_storeu_si512(panel + v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    }
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace flashcore::cpu

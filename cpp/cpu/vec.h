@@ -8,6 +8,10 @@
 
 #include "attention/portable.h"
 
+#if defined(__GNUC__) && (defined(__AVX2__) || defined(__AVX512F__))
+#include <immintrin.h>
+#endif
+
 namespace flashcore::cpu {
 namespace {
 
@@ -41,7 +45,25 @@ FLASHCORE_HD float lane(Vec v, int i) { return v[i]; }
 // a < b ? x : y in each lane; y where a or b is NaN.
 FLASHCORE_HD Vec where_less(Vec a, Vec b, Vec x, Vec y) { return a < b ? x : y; }
 // The larger; b where a is NaN.
-FLASHCORE_HD Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+FLASHCORE_HD Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // GCC makes a comparison and a blend of the line below
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+#if !defined(__clang__)
+// Each lane i gets lane (i + step) % lanes.
+template <int step>
+FLASHCORE_HD Vec rotate(Vec v) {
+  VecBits index;
+  for (uint32_t i = 0; i < lanes; ++i) index[i] = (i + step) % lanes;
+  return __builtin_shuffle(v, index);
+}
+#endif
 
 #else
 
@@ -92,7 +114,25 @@ FLASHCORE_HD Vec lane_indices() {
   return load(index);
 }
 
-// The largest lane that is not NaN.
+#if defined(__GNUC__) && !defined(__clang__)
+// The largest lane that is not NaN, and the sum of the lanes.
+template <int step = lanes / 2>
+FLASHCORE_HD float max_across(Vec v) {
+  if constexpr (step == 0) {
+    return lane(v, 0);
+  } else {
+    return max_across<step / 2>(larger(v, rotate<step>(v)));
+  }
+}
+template <int step = lanes / 2>
+FLASHCORE_HD float sum_across(Vec v) {
+  if constexpr (step == 0) {
+    return lane(v, 0);
+  } else {
+    return sum_across<step / 2>(v + rotate<step>(v));
+  }
+}
+#else
 FLASHCORE_HD float max_across(Vec v) {
   float x[lanes];
   store(x, v);
@@ -110,23 +150,41 @@ FLASHCORE_HD float sum_across(Vec v) {
   }
   return x[0];
 }
+#endif
 
 // 2^x for x <= 0, to 1.2 ulp: 0 below 2^-126 (no subnormal results), exactly 1 at 0, NaN for NaN. x = n + f with n the
 // nearest integer; 2^f = 1 + f P(f) on [-1/2, 1/2], P of degree 5 fitted for the smallest relative error (2e-9) with
 // the 1 held.
-FLASHCORE_HD Vec exp2_of(Vec x) {
+// `n` vectors side by side, since one alone is a chain of 15 dependent instructions.
+template <int n>
+FLASHCORE_HD void exp2_of(Vec (&x)[n]) {
   const Vec shifter = splat(12582912.0f);  // 1.5 · 2^23: adding it leaves n in the low bits
-  const Vec shifted = x + shifter;
-  const Vec f = x - (shifted - shifter);
-  Vec p = splat(1.5353362e-4f);
-  p = p * f + splat(1.33988746e-3f);
-  p = p * f + splat(9.61843736e-3f);
-  p = p * f + splat(5.55033247e-2f);
-  p = p * f + splat(2.40226479e-1f);
-  p = p * f + splat(6.93147203e-1f);
-  p = p * f + splat(1.0f);
-  const Vec power = vec_of((bits_of(shifted) + 127u) << 23);  // 2^n: the bits above n fall off
-  return where_less(x, splat(-125.5f), splat(0.0f), p * power);
+  Vec shifted[n], f[n], p[n];
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) shifted[i] = x[i] + shifter;
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) f[i] = x[i] - (shifted[i] - shifter);
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) p[i] = splat(1.5353362e-4f) * f[i] + splat(1.33988746e-3f);
+  for (float const coefficient : {9.61843736e-3f, 5.55033247e-2f, 2.40226479e-1f, 6.93147203e-1f, 1.0f}) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) p[i] = p[i] * f[i] + splat(coefficient);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) {
+#if defined(__GNUC__) && defined(__AVX512F__)
+    __mmask16 const normal = _mm512_cmp_ps_mask((__m512)x[i], (__m512)splat(-125.5f), _CMP_NLT_UQ);  // NaN stays
+    x[i] = (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p[i], (__m512)(shifted[i] - shifter));
+#else
+    const Vec power = vec_of((bits_of(shifted[i]) + 127u) << 23);  // 2^n: the bits above n fall off
+    x[i] = where_less(x[i], splat(-125.5f), splat(0.0f), p[i] * power);
+#endif
+  }
+}
+FLASHCORE_HD Vec exp2_of(Vec x) {
+  Vec one[1] = {x};
+  exp2_of(one);
+  return one[0];
 }
 
 FLASHCORE_HD float lane_exp2(float x) { return lane(exp2_of(splat(x)), 0); }

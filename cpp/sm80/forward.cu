@@ -8,7 +8,7 @@
 
 namespace flashcore::sm80 {
 
-// Instantiated in the files that instances.cmake makes.
+// Instantiated in the files that cmake/KernelInstances.cmake makes.
 template <class Element, int head_dim, int tile_q, int tile_k, int warps, int stages, bool plain_score>
 struct ForwardConfig;
 template <class Config>

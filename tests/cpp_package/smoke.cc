@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs causal attention in each dtype on the CPU and compares it with plain loops in double precision, and plans for a
-// GPU that is too old. Prints the instruction set that was chosen; exits with 1 where something is wrong. Small, since
-// it also runs on an emulated processor.
+// GPU that is too old and for strides that no shape has. Prints the instruction set that was chosen; exits with 1 where
+// something is wrong. Small, since it also runs on an emulated processor.
 #include <flashcore/flashcore.h>
 
 #include <bit>
@@ -103,10 +103,41 @@ bool refuses_old_gpu() {
   return false;
 }
 
+// On Hopper the kernel that loads by TMA has to be asked for, and refuses what TMA cannot encode: strides that are
+// negative, or 2^40 bytes or more.
+bool plans_around_strides() {
+  Array array(flashcore::float16, keys, 0);
+  flashcore::DeviceProperties const& h100 = flashcore::named_device("h100");
+  bool right = true;
+  for (int which = 0; which < 3; ++which) {
+    for (auto [stride, tma] : {std::pair{int64_t{heads * head_dim}, true},
+                               {int64_t{-heads * head_dim}, false},
+                               {(int64_t{1} << 39) - 8, true},
+                               {int64_t{1} << 39, false}}) {
+      flashcore::Tensor tensors[] = {array.tensor(), array.tensor(), array.tensor()};
+      for (flashcore::Tensor& tensor : tensors) tensor.device = {flashcore::DeviceType::cuda, 0};
+      tensors[which].stride[1] = stride;
+      tensors[which].stride[0] = int64_t{-1} << 60;  // of one sequence: it means nothing
+      flashcore::Problem problem{.query = tensors[0], .key = tensors[1], .value = tensors[2]};
+      bool as_expected = flashcore::plan(problem, h100).backend == flashcore::Backend::sm80;
+      problem.backend = flashcore::Backend::sm90;
+      try {
+        as_expected = flashcore::plan(problem, h100).backend == flashcore::Backend::sm90 && tma && as_expected;
+      } catch (const flashcore::ValueError& error) {
+        as_expected = std::strstr(error.what(), "stride") != nullptr && !tma && as_expected;
+      }
+      if (!as_expected) std::printf("array %d, stride %lld: planned wrongly\n", which, static_cast<long long>(stride));
+      right = right && as_expected;
+    }
+  }
+  return right;
+}
+
 }  // namespace
 
 int main() {
   bool right = refuses_old_gpu();
+  right = plans_around_strides() && right;
   // Values are below 1: half a unit in the last place of the result, twice over for the weights' own rounding.
   for (auto [dtype, tolerance] :
        {std::pair{flashcore::float32, 1e-6}, {flashcore::float16, 1e-3}, {flashcore::bfloat16, 8e-3}}) {

@@ -14,7 +14,7 @@ namespace flashcore {
 enum class Layout : uint8_t { bshd, bhsd };
 
 // The machine that runs a problem. `automatic` lets plan() choose.
-enum class Backend : uint8_t { automatic, cpu, sm80 };
+enum class Backend : uint8_t { automatic, cpu, sm80, sm90 };
 
 // softmax(scale · Q Kᵀ + mask) V for every batch and head.
 //

@@ -1,0 +1,637 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward kernel for compute capability 9.0, in the manner of FlashAttention-3 (Shah et al., arXiv:2407.08608): a
+// producer warp asks TMA for tiles of keys and values, consumer warpgroups of 64 rows of queries each multiply them
+// (wgmma), and a tile's softmax runs while the tensor cores multiply for the tile before and for other warpgroups.
+// README.md beside this file has the picture.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "attention/mask.h"
+#include "attention/scheduler.h"
+#include "attention/score.h"
+#include "attention/softmax.h"
+#include "core/cuda_check.h"
+#include "core/forward_params.h"
+#include "flashcore/plan.h"
+#include "sm90/tensor_core.h"
+#include "sm90/tensor_map.h"
+
+namespace flashcore::sm90 {
+
+// What the kernel is compiled for; tiles.inc has the numbers and their reasons.
+template <class Element_, int head_dim_, int tile_k_, int warpgroups_, int slots_, bool in_turn_, int q_buffers_,
+          bool plain_score_>
+struct ForwardConfig {
+  using Element = Element_;
+  using Score = std::conditional_t<plain_score_, PlainScore, CappedScore>;
+  static constexpr int head_dim = head_dim_;
+  static constexpr int tile_k = tile_k_;
+  static constexpr int warpgroups = warpgroups_;  // consumers, 64 rows of queries each
+  static constexpr int slots = slots_;            // of the ring; each holds a tile of keys or of values
+  // Warpgroups issue their products one after the other, so that one's softmax meets the others' products.
+  static constexpr bool in_turn = in_turn_;
+  // With room for the next job's queries its first scores are computed together with this job's last output.
+  static constexpr int q_buffers = q_buffers_;
+  static constexpr bool pipelined = q_buffers > 1;
+  // A column of ones beside the values makes the second product give the rows' sums. At head dimension 64 these
+  // additions are a sixth of the loop's instructions, and the product grows by an eighth.
+  static constexpr bool sums_by_product = head_dim == 64;
+  static constexpr int columns = head_dim + (sums_by_product ? 8 : 0);  // of the second product
+
+  static constexpr int tile_q = 64 * warpgroups;
+  static constexpr int threads = 128 * (1 + warpgroups);
+  static constexpr int panels = (head_dim + panel_columns - 1) / panel_columns;
+  static constexpr int q_panel = tile_q * row_bytes, kv_panel = tile_k * row_bytes;
+  static constexpr int q_bytes = panels * q_panel, kv_bytes = panels * kv_panel;
+  static_assert(head_dim % 32 == 0 && tile_k % 16 == 0 && tile_k <= 256 && slots >= 3 && q_buffers <= 2);
+
+  // Registers a thread: an even share at launch, of which the producer warpgroup gives away most.
+  static constexpr int launch_registers = 512 / (1 + warpgroups) / 8 * 8;
+  static constexpr int producer_registers = 24;
+  static constexpr int consumer_registers =
+      (launch_registers * (1 + warpgroups) - producer_registers) / warpgroups / 8 * 8;
+};
+
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+template <class Config>
+struct SharedMemory {
+  alignas(1024) char q[Config::q_buffers][Config::q_bytes];
+  alignas(1024) char kv[Config::slots][Config::kv_bytes];
+  alignas(1024) char ones[Config::sums_by_product ? Config::kv_panel : 16];
+  Barrier q_full[Config::q_buffers], q_empty[Config::q_buffers];
+  Barrier full[Config::slots], empty[Config::slots];
+};
+
+template <class Score>
+struct Arguments {
+  CUtensorMap q, k, v;
+  ForwardParams p;
+  TileScheduler scheduler;
+  uint32_t tiles;  // that the scheduler numbers
+  int pack;        // query heads of one key head whose rows share a tile
+  int q_bytes;     // that TMA brings for a tile of queries
+  Score score;
+};
+
+// A place in the ring: slots are filled and emptied in turn, and the barriers' phase flips each time around.
+template <int slots>
+struct RingPlace {
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == slots) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// A tile of queries: row r is query first + r / pack of head `work.head` · pack + r % pack.
+struct Job {
+  Work work;
+  Mask mask;
+  KeyRange range;
+  int first, queries;
+};
+
+// The blocks stay and take tiles in turn, forwards and backwards like a plough, so that each gets as many long as short
+// ones. Calls each(job) for this block's tiles.
+template <class Config, class Each>
+__device__ __forceinline__ void for_each_job(Arguments<typename Config::Score> const& a, Each each) {
+  uint32_t row = 0;
+#pragma unroll 1
+  for (uint32_t start = 0; start < a.tiles; start += gridDim.x, ++row) {
+    uint32_t const index = start + (row & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    Job job;
+    if (index >= a.tiles || !a.scheduler.work(a.p, index, job.work)) continue;
+    Work const& work = job.work;
+    job.first = work.tile * a.scheduler.tile_q;
+    job.queries = min_of(a.scheduler.tile_q, work.seqlen_q - job.first);
+    job.mask = Mask::make(work.seqlen_q, work.seqlen_k, a.p.window_left, a.p.window_right);
+    job.range = job.mask.key_range(job.first, job.first + job.queries, Config::tile_k);
+    each(job);
+  }
+}
+
+// --- the producer ----------------------------------------------------------------------------------------------------
+
+// What TMA tells the L2 cache: keys and values will be read again by other blocks, queries will not.
+constexpr uint64_t keep_in_l2 = 0x14f0000000000000, drop_from_l2 = 0x12f0000000000000;
+
+// One thread: asks for each job's queries and, as the slots empty, for its tiles of keys and values, in the order in
+// which the consumers need them: K0 K1 V0 K2 V1 ... V(last).
+template <class Config>
+__device__ __forceinline__ void produce(Arguments<typename Config::Score> const& a, SharedMemory<Config>& shared) {
+  RingPlace<Config::slots> place;
+  RingPlace<Config::q_buffers> q_place;
+  auto const load = [&](CUtensorMap const& map, int row, int head, int sequence) {
+    shared.empty[place.slot].wait(place.phase ^ 1);
+    Barrier& full = shared.full[place.slot];
+    full.arrive_and_expect_tx(Config::kv_bytes);
+#pragma unroll
+    for (int panel = 0; panel < Config::panels; ++panel) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), keep_in_l2,
+                                   shared.kv[place.slot] + panel * Config::kv_panel, panel * panel_columns, 0, row,
+                                   head, sequence);
+    }
+    place.advance();
+  };
+  // The last tile of values of a job comes after the first tile of keys of the next.
+  int last_row = -1, last_head = 0, last_sequence = 0;
+  for_each_job<Config>(a, [&](Job const& job) {
+    KeyRange const& range = job.range;
+    int const count = range.count();
+    if (count == 0) return;
+    Work const& work = job.work;
+    int const sequence = a.p.cu_seqlens_q ? 0 : work.sequence;
+    int const head_k = a.pack == a.p.group ? work.head : work.head * a.pack / a.p.group;
+    auto const row = [&](int i) { return work.k_begin + range.tile(i) * Config::tile_k; };
+
+    Barrier& q_full = shared.q_full[q_place.slot];
+    shared.q_empty[q_place.slot].wait(q_place.phase ^ 1);
+    q_full.arrive_and_expect_tx(a.q_bytes);
+#pragma unroll
+    for (int panel = 0; panel < Config::panels; ++panel) {
+      cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&q_full), drop_from_l2,
+                                   shared.q[q_place.slot] + panel * Config::q_panel, panel * panel_columns, 0,
+                                   work.q_begin + job.first, work.head, sequence);
+    }
+    q_place.advance();
+    load(a.k, row(0), head_k, sequence);
+    if (Config::pipelined && last_row >= 0) load(a.v, last_row, last_head, last_sequence);
+#pragma unroll 1
+    for (int i = 1; i < count; ++i) {
+      load(a.k, row(i), head_k, sequence);
+      load(a.v, row(i - 1), head_k, sequence);
+    }
+    if (Config::pipelined) {
+      last_row = row(count - 1);
+      last_head = head_k;
+      last_sequence = sequence;
+    } else {
+      load(a.v, row(count - 1), head_k, sequence);
+    }
+  });
+  if (Config::pipelined && last_row >= 0) load(a.v, last_row, last_head, last_sequence);
+}
+
+// --- the consumers ---------------------------------------------------------------------------------------------------
+
+// The largest over the four lanes that share a row of an accumulator, and their sum.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// A lane's place in the accumulators of its warpgroup's 64 rows: x[4 n + i] is column 8 n + column() + i % 2 of row
+// `row` + i / 2 · 8.
+struct Lane {
+  int row;  // in the tile of queries
+  __device__ static int column() { return threadIdx.x % 4 * 2; }
+};
+
+// Sets the scores that the mask hides to −inf. first_key, end_key: what this lane's two rows see.
+template <int tile_k>
+__device__ __forceinline__ void hide(float (&s)[tile_k / 2], int const (&first_key)[2], int const (&end_key)[2],
+                                     int tile) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int const first = first_key[half] - tile * tile_k - Lane::column();
+    int const end = end_key[half] - tile * tile_k - Lane::column();
+#pragma unroll
+    for (int n = 0; n < tile_k / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (n * 8 + i < first || n * 8 + i >= end) s[4 * n + 2 * half + i] = minus_infinity();
+      }
+    }
+  }
+}
+
+// Takes a tile's scores into the rows' maxima. `ratio` is what the rows' sums and outputs so far are to be multiplied
+// by (the sums are), `offset` what to subtract in the exponents.
+template <class Score, int n>
+__device__ __forceinline__ void raise_maxima(float (&s)[n], SoftmaxRow (&state)[2], float (&ratio)[2],
+                                             float (&offset)[2], Score const& score) {
+  if constexpr (!Score::plain) {
+    score.transform_all([&](auto transform) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) s[i] = transform(s[i]);
+    });
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top[2] = {state[half].max, s[2 * half]};
+#pragma unroll
+    for (int i = 0; i < n / 4; ++i) {
+      top[0] = fmaxf(top[0], s[4 * i + 2 * half]);
+      top[1] = fmaxf(top[1], s[4 * i + 2 * half + 1]);
+    }
+    ratio[half] = state[half].raise(quad_max(fmaxf(top[0], top[1])), score.factor);
+    offset[half] = SoftmaxRow::offset(state[half].max, score.factor);
+  }
+}
+
+// Turns scores into weights 2^(factor · s − offset) and adds them to the rows' sums.
+template <class Config, int n>
+__device__ __forceinline__ void exponentials(float (&s)[n], SoftmaxRow (&state)[2], float const (&offset)[2],
+                                             float factor) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    s[i] = exp2_of(s[i] * factor - offset[i / 2 % 2]);
+    if constexpr (!Config::sums_by_product) state[i / 2 % 2].sum += s[i];
+  }
+}
+
+// Clears the rows from `rows` on of a tile of values: they are another sequence's, or unused, and may hold NaN, which
+// a weight of zero does not hide.
+template <class Config>
+__device__ __forceinline__ void clear_rows(char* values, int rows) {
+  constexpr int consumers = 128 * Config::warpgroups;
+  int const thread = threadIdx.x - 128;
+  int const chunks = (Config::tile_k - rows) * (row_bytes / 16);
+#pragma unroll
+  for (int panel = 0; panel < Config::panels; ++panel) {
+    uint4* const tail = reinterpret_cast<uint4*>(values + panel * Config::kv_panel + rows * row_bytes);
+    for (int i = thread; i < chunks; i += consumers) tail[i] = uint4{};
+  }
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(consumers, 7);
+}
+
+// Where a job's rows go: head (or group of packed heads) and sequence, the first row in the array of queries.
+struct JobPlace {
+  int sequence, head, first, queries;
+  int tail;  // rows of the tile of values that waits; fewer than tile_k where the others have to be cleared
+};
+
+// One of a job's rows in the output.
+template <class Config>
+struct OutputRow {
+  bool present;
+  typename Config::Element* out;
+  float* lse;
+
+  __device__ __forceinline__ OutputRow(Arguments<typename Config::Score> const& a, JobPlace const& job, int row) {
+    ForwardParams const& p = a.p;
+    int const query = a.pack == 1 ? row : row / a.pack;
+    int const head = a.pack == 1 ? job.head : job.head * a.pack + (row - query * a.pack);
+    int64_t const line = p.cu_seqlens_q ? int64_t{head} : int64_t{job.sequence} * p.heads_q + head;
+    present = query < job.queries;
+    lse = p.lse == nullptr ? nullptr : p.lse + line * p.seqlen_q + job.first + query;
+    out = static_cast<typename Config::Element*>(p.o.data) + job.sequence * p.o.batch_stride + head * p.o.head_stride +
+          (job.first + query) * p.o.row_stride;
+  }
+};
+
+// The rows of a job without keys.
+template <class Config>
+__device__ __forceinline__ void store_nothing(Arguments<typename Config::Score> const& a, JobPlace const& job,
+                                              Lane lane) {
+  int const t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    OutputRow<Config> const row(a, job, lane.row + half * 8);
+    if (!row.present) continue;
+    if (row.lse != nullptr && t == 0) *row.lse = minus_infinity();
+    for (int column = t * 8; column < a.p.head_dim; column += 32) {
+      *reinterpret_cast<uint4*>(row.out + column) = uint4{};
+    }
+  }
+}
+
+// Divides a job's rows by their sums and writes them with their log-sum-exp. Lanes of a quad exchange what they hold
+// (a transpose of 4 × 4 pairs), so that each writes 16 bytes.
+template <class Config, int n>
+__device__ __forceinline__ void store(Arguments<typename Config::Score> const& a, JobPlace const& job, Lane lane,
+                                      float (&o)[n], SoftmaxRow (&state)[2]) {
+  using Element = typename Config::Element;
+  int const t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    SoftmaxRow& row_state = state[half];
+    row_state.sum = Config::sums_by_product ? o[Config::head_dim / 2 + 2 * half] : quad_sum(row_state.sum);
+    float const inverse = row_state.inverse_sum();
+    OutputRow<Config> const row(a, job, lane.row + half * 8);
+    if (row.lse != nullptr && t == 0 && row.present) *row.lse = row_state.lse(a.score.factor);
+#pragma unroll
+    for (int g = 0; g < Config::head_dim / 32; ++g) {
+      uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float const* const pair = &o[4 * (4 * g + j) + 2 * half];
+        x[j] = Precision<Element>::pack(pair[0] * inverse, pair[1] * inverse);
+      }
+#pragma unroll
+      for (int step = 1; step <= 2; step *= 2) {
+        bool const upper = t & step;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (j & step) continue;
+          uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + step], step);
+          (upper ? x[j] : x[j + step]) = got;
+        }
+      }
+      int const column = (4 * g + t) * 8;
+      if (row.present && column < a.p.head_dim) {
+        *reinterpret_cast<uint4*>(row.out + column) = uint4{x[0], x[1], x[2], x[3]};
+      }
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume(Arguments<typename Config::Score> const& a, SharedMemory<Config>& shared,
+                                        int warpgroup) {
+  using Element = typename Config::Element;
+  constexpr int tile_k = Config::tile_k, head_dim = Config::head_dim;
+  constexpr int columns = Config::columns;
+  bool const leads = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer what is free
+  Lane const lane{warpgroup * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 +
+                  static_cast<int>(threadIdx.x) % 32 / 4};
+
+  uint32_t const shared_q = cute::cast_smem_ptr_to_uint(shared.q) + warpgroup * 64 * row_bytes;
+  uint32_t const shared_kv = cute::cast_smem_ptr_to_uint(shared.kv);
+  RingPlace<Config::slots> place;
+  RingPlace<Config::q_buffers> q_place;
+
+  float o[columns / 2], s[tile_k / 2];
+  uint32_t weights[tile_k / 4];
+
+  // S = Q Kᵀ with the keys in `slot`; O += P V with the values in `slot`. Asynchronous.
+  auto const issue_scores = [&](int slot) {
+    uint64_t const keys = operand(shared_kv + slot * Config::kv_bytes, 0);
+    uint64_t const queries = operand(shared_q + q_place.slot * Config::q_bytes, 0);
+    hold(s);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int d = 0; d < head_dim / 16; ++d) {
+      uint64_t const k = keys + (d / 4 * Config::kv_panel + d % 4 * 32) / 16;
+      multiply_keys<Element, tile_k>(s, queries + (d / 4 * Config::q_panel + d % 4 * 32) / 16, k, d > 0);
+    }
+    cute::warpgroup_commit_batch();
+  };
+  auto const issue_output = [&](int slot) {
+    uint32_t const panel_stride = Config::sums_by_product
+                                      ? cute::cast_smem_ptr_to_uint(shared.ones) - shared_kv - slot * Config::kv_bytes
+                                      : Config::kv_panel;
+    uint64_t const values = operand(shared_kv + slot * Config::kv_bytes, panel_stride);
+    hold(o);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int n = 0; n < tile_k / 16; ++n) {
+      multiply_values<Element, columns>(o, weights + 4 * n, values + n * 16 * row_bytes / 16);
+    }
+    cute::warpgroup_commit_batch();
+  };
+  auto const release = [&](Barrier& barrier) {
+    if (leads) barrier.arrive();
+  };
+
+  // Whose turn it is to issue products: a named barrier for each warpgroup, which the one before it opens.
+  auto const take_turn = [&] {
+    if constexpr (Config::in_turn) cutlass::arch::NamedBarrier::sync(256, 1 + warpgroup);
+  };
+  auto const pass_turn = [&] {
+    if constexpr (Config::in_turn) {
+      cutlass::arch::NamedBarrier::arrive(256, 1 + (warpgroup + 1 == Config::warpgroups ? 0 : warpgroup + 1));
+    }
+  };
+  if (Config::in_turn && warpgroup == Config::warpgroups - 1) pass_turn();
+
+  auto const clear_tail = [&](RingPlace<Config::slots> const& values, int rows) {
+    shared.full[values.slot].wait(values.phase);
+    clear_rows<Config>(shared.kv[values.slot], rows);
+  };
+
+  SoftmaxRow state[2];
+  bool pending = false;  // a job whose last tile of weights waits for its product with the values
+  JobPlace waiting;
+
+  for_each_job<Config>(a, [&](Job const& job) {
+    int const count = job.range.count(), masked = job.range.masked();
+    JobPlace const here{job.work.sequence, job.work.head, job.work.q_begin + job.first, job.queries, tile_k};
+    if (count == 0) {
+      store_nothing<Config>(a, here, lane);
+      return;
+    }
+    // Rows behind the sequence's end are in the tile only where another sequence, or none, follows in the same array.
+    int const tail =
+        a.p.cu_seqlens_k != nullptr ? min_of(tile_k, job.work.seqlen_k - job.range.tile(0) * tile_k) : tile_k;
+    int first_key[2], end_key[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const row = lane.row + half * 8;
+      int const query = job.first + (a.pack == 1 ? row : row / a.pack);
+      first_key[half] = job.mask.first_key(query);
+      end_key[half] = job.mask.end_key(query);
+    }
+    float ratio[2], offset[2];
+
+    // The first tile's scores, with the last output of the job before where one is left.
+    auto const first_step = [&](auto with_output) {
+      constexpr bool finishes = decltype(with_output)::value;
+      SoftmaxRow fresh[2];
+      int const keys = place.slot;
+      if (finishes && waiting.tail < tile_k) {
+        RingPlace<Config::slots> ragged = place;
+        ragged.advance();
+        clear_tail(ragged, waiting.tail);
+      }
+      take_turn();
+      shared.full[keys].wait(place.phase);
+      place.advance();
+      int const values = place.slot;
+      issue_scores(keys);
+      if constexpr (finishes) {
+        shared.full[values].wait(place.phase);
+        issue_output(values);
+        place.advance();
+      }
+      pass_turn();
+      cute::warpgroup_wait<finishes ? 1 : 0>();
+      hold(s);
+      release(shared.empty[keys]);
+      if (count == 1) release(shared.q_empty[q_place.slot]);
+      if (masked > 0) hide<tile_k>(s, first_key, end_key, job.range.tile(0));
+      raise_maxima(s, fresh, ratio, offset, a.score);
+      exponentials<Config>(s, fresh, offset, a.score.factor);
+      if constexpr (finishes) {
+        cute::warpgroup_wait<0>();
+        hold(o);
+        release(shared.empty[values]);
+        store<Config>(a, waiting, lane, o, state);
+      }
+#pragma unroll
+      for (int i = 0; i < columns / 2; ++i) o[i] = 0.0f;
+      state[0] = fresh[0];
+      state[1] = fresh[1];
+#pragma unroll
+      for (int i = 0; i < tile_k / 4; ++i) weights[i] = Precision<Element>::pack(s[2 * i], s[2 * i + 1]);
+    };
+    shared.q_full[q_place.slot].wait(q_place.phase);
+    if (Config::pipelined && pending) {
+      first_step(std::bool_constant<Config::pipelined>{});
+    } else {
+      first_step(std::false_type{});
+    }
+
+    if (tail < tile_k && (count > 1 || !Config::pipelined)) {
+      RingPlace<Config::slots> ragged = place;
+      if (count > 1) ragged.advance();
+      clear_tail(ragged, tail);
+    }
+
+    // The others: scores of this tile, output of the one before, softmax of this one meanwhile.
+    auto const step = [&](int i, auto mask) {
+      int const keys = place.slot;
+      take_turn();
+      shared.full[keys].wait(place.phase);
+      place.advance();
+      int const values = place.slot;
+      issue_scores(keys);
+      shared.full[values].wait(place.phase);
+      issue_output(values);
+      pass_turn();
+      place.advance();
+      cute::warpgroup_wait<1>();
+      hold(s);
+      release(shared.empty[keys]);
+      if (i == count - 1) release(shared.q_empty[q_place.slot]);
+      if constexpr (decltype(mask)::value) hide<tile_k>(s, first_key, end_key, job.range.tile(i));
+      raise_maxima(s, state, ratio, offset, a.score);
+      exponentials<Config>(s, state, offset, a.score.factor);
+      cute::warpgroup_wait<0>();
+      hold(o);
+      release(shared.empty[values]);
+#pragma unroll
+      for (int j = 0; j < columns / 2; ++j) o[j] *= ratio[j / 2 % 2];
+#pragma unroll
+      for (int j = 0; j < tile_k / 4; ++j) weights[j] = Precision<Element>::pack(s[2 * j], s[2 * j + 1]);
+    };
+    int i = 1;
+#pragma unroll 1
+    for (; i < masked; ++i) step(i, std::true_type{});
+#pragma unroll 1
+    for (; i < count; ++i) step(i, std::false_type{});
+    q_place.advance();
+
+    if constexpr (Config::pipelined) {
+      pending = true;
+      waiting = here;
+      waiting.tail = count == 1 ? tail : tile_k;
+    } else {
+      shared.full[place.slot].wait(place.phase);
+      issue_output(place.slot);
+      cute::warpgroup_wait<0>();
+      hold(o);
+      release(shared.empty[place.slot]);
+      place.advance();
+      store<Config>(a, here, lane, o, state);
+    }
+  });
+
+  if (Config::pipelined && pending) {
+    if (waiting.tail < tile_k) clear_tail(place, waiting.tail);
+    shared.full[place.slot].wait(place.phase);
+    issue_output(place.slot);
+    cute::warpgroup_wait<0>();
+    hold(o);
+    store<Config>(a, waiting, lane, o, state);
+  }
+}
+
+// --- the kernel ------------------------------------------------------------------------------------------------------
+
+template <class Config>
+__global__ void __launch_bounds__(Config::threads, 1)
+    forward_kernel(__grid_constant__ Arguments<typename Config::Score> const a) {
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<SharedMemory<Config>*>(memory);
+  if (threadIdx.x == 0) {
+    constexpr int consumer_warps = 4 * Config::warpgroups;
+    for (int i = 0; i < Config::q_buffers; ++i) {
+      shared.q_full[i].init(1);
+      shared.q_empty[i].init(consumer_warps);
+    }
+    for (int i = 0; i < Config::slots; ++i) {
+      shared.full[i].init(1);
+      shared.empty[i].init(consumer_warps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  if constexpr (Config::sums_by_product) {
+    uint32_t const one = Precision<typename Config::Element>::pack(1.0f, 1.0f);
+    for (int i = threadIdx.x; i < Config::kv_panel / 4; i += Config::threads) {
+      reinterpret_cast<uint32_t*>(shared.ones)[i] = one;
+    }
+    cutlass::arch::fence_view_async_shared();
+  }
+  __syncthreads();
+
+  int const warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::producer_registers>();
+    if (threadIdx.x == 0) produce<Config>(a, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::consumer_registers>();
+    consume<Config>(a, shared, warpgroup - 1);
+  }
+}
+
+template <class Config>
+void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
+  constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
+  bool const varlen = p.cu_seqlens_q != nullptr;
+  int64_t const pack = plan.packed_heads, batch = varlen ? 1 : p.batch;
+  int const queries = Config::tile_q / plan.packed_heads;
+  int const groups = p.heads_q / plan.packed_heads;
+  // Where a section has several heads, its tiles are of unequal length, and it takes whole rounds of the blocks.
+  int const section_tiles = ceil_div(p.seqlen_q, queries) * plan.heads_per_section;
+  int const section_slots =
+      plan.heads_per_section == 1
+          ? section_tiles
+          : static_cast<int>(ceil_div(section_tiles, static_cast<int>(plan.blocks)) * plan.blocks);
+  auto const keys = [&](Rows<const void*> const& rows) {
+    // A problem without keys has nothing to describe, and nobody reads it.
+    return tensor_map({rows.data != nullptr ? rows.data : p.q.data,
+                       dtype,
+                       p.head_dim,
+                       {1, p.seqlen_k, p.heads_k, batch},
+                       {0, rows.row_stride, rows.head_stride, rows.batch_stride},
+                       {1, Config::tile_k}});
+  };
+  Arguments<typename Config::Score> const arguments{
+      tensor_map({p.q.data,
+                  dtype,
+                  p.head_dim,
+                  {pack, p.seqlen_q, p.heads_q / pack, batch},
+                  {p.q.head_stride, p.q.row_stride, p.q.head_stride * pack, p.q.batch_stride},
+                  {plan.packed_heads, queries}}),
+      keys(p.k),
+      keys(p.v),
+      p,
+      {queries, plan.heads_per_section, groups, section_slots},
+      varlen ? static_cast<uint32_t>(plan.tiles)
+             : ceil_div(groups * p.batch, plan.heads_per_section) * static_cast<uint32_t>(section_slots),
+      plan.packed_heads,
+      Config::panels * plan.packed_heads * queries * row_bytes,
+      Config::Score::make(p.scale, p.softcap)};
+  auto const kernel = forward_kernel<Config>;
+  constexpr int shared_memory = sizeof(SharedMemory<Config>);
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory),
+             "preparing the sm90 kernel");
+  kernel<<<static_cast<unsigned>(plan.blocks), Config::threads, shared_memory, stream>>>(arguments);
+  cuda_check(cudaGetLastError(), "launching the sm90 kernel");
+}
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sm90 machine as the core sees it: attention by wgmma and TMA, for compute capability 9.0.
+#pragma once
+
+#include "core/forward_params.h"
+#include "flashcore/plan.h"
+#include "flashcore/problem.h"
+
+namespace flashcore::sm90 {
+
+// Launches `plan` on the current device. Asynchronous. Throws RuntimeError when the launch fails.
+void forward(const ForwardParams& params, DType dtype, const Plan& plan, void* stream);
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Hopper instructions that the kernels use: warpgroup products (wgmma) through CuTe's MMA atoms, and how their
+// operands lie in shared memory.
+//
+// A tile of rows lies in shared memory as TMA writes it with its 128-byte swizzle: panels of 64 columns, each panel
+// (rows, 64 elements) with rows of 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. PTX ISA,
+// "Asynchronous warpgroup-level matrix shared memory layout".
+#pragma once
+
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every multiple of 8 keys or columns, not only the powers of two
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cute/arch/mma_sm90.hpp>
+#include <utility>
+
+namespace flashcore::sm90 {
+
+constexpr int panel_columns = 64;
+constexpr int row_bytes = 2 * panel_columns;
+
+// Our element types in CUTLASS's names, and their packing.
+template <class Element>
+struct Precision;
+template <>
+struct Precision<__half> {
+  using Cute = cute::half_t;
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    __half2 const pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+  }
+};
+template <>
+struct Precision<__nv_bfloat16> {
+  using Cute = cute::bfloat16_t;
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+  }
+};
+
+// A wgmma descriptor of an operand that begins at `address` (bytes, 1024-aligned but for steps inside a panel's row).
+// `panel_stride` (bytes) is the distance of its panels where the product's N runs over the columns (values), and is
+// ignored where the product's K does (queries, keys). Groups of 8 rows are 1024 bytes apart.
+__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel_stride) {
+  constexpr uint64_t swizzle_128b = uint64_t{1} << 62, groups_of_8_rows = uint64_t{8 * row_bytes / 16} << 32;
+  return swizzle_128b | groups_of_8_rows | uint64_t{panel_stride / 16} << 16 | (address >> 4 & 0x3fff);
+}
+
+namespace wgmma {
+using cute::SM90::GMMA::Major;
+using cute::SM90::GMMA::ScaleOut;
+template <class Element, int n, Major major>
+using Shared =
+    decltype(cute::SM90::GMMA::ss_op_selector<typename Precision<Element>::Cute, typename Precision<Element>::Cute,
+                                              float, cute::Shape<cute::Int<64>, cute::Int<n>, cute::Int<16>>, Major::K,
+                                              major>());
+template <class Element, int n, Major major>
+using Registers =
+    decltype(cute::SM90::GMMA::rs_op_selector<typename Precision<Element>::Cute, typename Precision<Element>::Cute,
+                                              float, cute::Shape<cute::Int<64>, cute::Int<n>, cute::Int<16>>, Major::K,
+                                              major>());
+}  // namespace wgmma
+
+// Keeps the compiler from moving reads and writes of registers that a wgmma in flight uses across this point.
+template <int n>
+__device__ __forceinline__ void hold(float (&x)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) cute::warpgroup_fence_operand(x[i]);
+}
+
+// accumulators (+)= 64 rows of queries × n keys, over 16 columns; both operands' K runs along their rows.
+template <class Element, int n>
+__device__ __forceinline__ void multiply_keys(float (&s)[n / 2], uint64_t q, uint64_t k, bool add) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    wgmma::Shared<Element, n, wgmma::Major::K>::fma(q, k, s[i]..., add ? wgmma::ScaleOut::One : wgmma::ScaleOut::Zero);
+  }(std::make_integer_sequence<int, n / 2>{});
+}
+
+// accumulators += 64 rows of 16 weights × 16 values of n columns.
+template <class Element, int n>
+__device__ __forceinline__ void multiply_values(float (&o)[n / 2], uint32_t const* weights, uint64_t v) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    wgmma::Registers<Element, n, wgmma::Major::MN>::fma(weights[0], weights[1], weights[2], weights[3], v, o[i]...,
+                                                        wgmma::ScaleOut::One);
+  }(std::make_integer_sequence<int, n / 2>{});
+}
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sm90/tensor_map.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "core/cuda_check.h"
+#include "flashcore/error.h"
+
+namespace flashcore::sm90 {
+namespace {
+
+// The driver's function, found through the runtime: the library does not link libcuda.
+auto encoder() {
+  static auto const function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+               "looking for cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess) throw RuntimeError("the NVIDIA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+  }();
+  return function;
+}
+
+}  // namespace
+
+CUtensorMap tensor_map(const TensorMapShape& shape) {
+  cuuint64_t extent[5] = {static_cast<cuuint64_t>(shape.head_dim)}, stride[4];
+  for (int i = 0; i < 4; ++i) {
+    extent[i + 1] = std::max<int64_t>(shape.extent[i], 1);
+    // The stride of an axis of extent 1 says nothing, but has to be valid.
+    stride[i] = shape.extent[i] > 1 ? shape.stride[i] * 2 : 16;
+  }
+  cuuint32_t const box[5] = {64, static_cast<cuuint32_t>(shape.box[0]), static_cast<cuuint32_t>(shape.box[1]), 1, 1};
+  cuuint32_t const steps[5] = {1, 1, 1, 1, 1};
+  CUtensorMap map;
+  CUresult const status =
+      encoder()(&map, shape.dtype == float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
+                const_cast<void*>(shape.data), extent, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw RuntimeError("the driver refuses to describe an array to the TMA engine (error " + std::to_string(status) +
+                       ")");
+  }
+  return map;
+}
+
+}  // namespace flashcore::sm90
