@@ -96,6 +96,17 @@ int heads_per_section(const Problem& problem, const DeviceProperties& device, in
 // small that the product with the score's factor is subnormal goes the general way, like zero and negative ones.
 bool plain_score(const Problem& problem) { return problem.softcap == 0.0 && effective_scale(problem) > 1e-30; }
 
+// A few queries with many keys are divided over the keys. Into how many parts depends on nothing but the problem, so
+// that the number of threads changes no bits; the parts' memory is at most 2 MiB.
+int cpu_splits(const Problem& problem) {
+  constexpr int64_t part_keys = 4096, most_tasks = 64, most_parts = 256;
+  Sizes const s = sizes(problem);
+  if (problem.varlen() || problem.batch_invariant || s.heads_k == 0) return 1;
+  int64_t const rows = s.seqlen_q * (s.heads_q / s.heads_k), tasks = s.batch * s.heads_k;
+  if (rows > cpu::few_rows || s.head_dim % cpu::few_rows_head_dim != 0 || tasks == 0 || tasks >= most_tasks) return 1;
+  return static_cast<int>(std::clamp<int64_t>(s.seqlen_k / part_keys, 1, most_parts / tasks));
+}
+
 Plan plan_cpu(const Problem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   Plan plan;
@@ -107,6 +118,7 @@ Plan plan_cpu(const Problem& problem, const DeviceProperties& device) {
   plan.threads = device.units;
   plan.plain_score = plain_score(problem);
   plan.tiles = plan.blocks = tiles(problem, plan.tile_q, s.heads_q);
+  plan.splits = cpu_splits(problem);
   return plan;
 }
 

@@ -16,6 +16,11 @@ namespace flashcore::cpu {
 constexpr int tile_q = 192;
 constexpr int tile_k = 128;
 
+// Tiles of up to this many rows of queries are attended to without packing keys and values, where the head dimension is
+// a multiple of few_rows_head_dim; only their keys may be divided over tasks (plan.splits).
+constexpr int few_rows = 8;
+constexpr int few_rows_head_dim = 32;
+
 // Runs a problem that has passed validate() and returns when it is done. Work is divided into tiles of plan.tile_q
 // queries. Each query's result has the same bits whatever the number of threads.
 void forward(const ForwardParams& params, DType dtype, const Plan& plan);

@@ -17,9 +17,11 @@ namespace flashcore::cpu {
 namespace {
 
 struct Half {
+  static constexpr bool is_half = true;
   uint16_t bits;
 };
 struct BFloat {
+  static constexpr bool is_half = false;
   uint16_t bits;
 };
 

@@ -21,8 +21,9 @@ namespace {
 struct Slice {
   int sequence;
   int q_begin, queries;
-  int heads;       // query heads of a task
-  int parts;       // tasks of a key head
+  int heads;  // query heads of a task
+  int parts;  // tasks of a key head
+  int first_key_tile, end_key_tile;
   int64_t cost;    // tiles of keys
   int first_part;  // tasks of a key head in the sequence's slices before
 };
@@ -68,7 +69,7 @@ SequenceTasks tasks_of(const ForwardParams& p, int b, int queries_of_tile) {
   for (int q = 0; q < s.seqlen_q; q += queries_of_tile) {
     int const queries = min_of(queries_of_tile, s.seqlen_q - q);
     KeyRange const range = mask.key_range(q, q + queries, tile_k);
-    tasks.slices.push_back({b, q, queries, heads, parts, int64_t{range.end} - range.begin, 0});
+    tasks.slices.push_back({b, q, queries, heads, parts, range.begin, range.end, int64_t{range.end} - range.begin, 0});
   }
   std::stable_sort(tasks.slices.begin(), tasks.slices.end(),
                    [](const Slice& a, const Slice& b) { return a.cost > b.cost; });
@@ -111,8 +112,7 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
     tasks += int64_t{params.heads_k} * sequence.parts;
   }
 
-  parallel_for(tasks, [&](int64_t task) {
-    DefaultFloats const environment;
+  auto const tile_of = [&](int64_t task) -> QueryTile {
     auto const after = std::upper_bound(sequences.begin(), sequences.end(), task,
                                         [](int64_t t, const SequenceTasks& s) { return t < s.first_task; });
     SequenceTasks const& sequence = *(after - 1);
@@ -121,16 +121,44 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
     auto const next = std::upper_bound(sequence.slices.begin(), sequence.slices.end(), part,
                                        [](int p, const Slice& slice) { return p < slice.first_part; });
     Slice const& slice = *(next - 1);
-    int const index = part - slice.first_part;
-    int const head_in_group = index * slice.heads;
-    QueryTile const tile = {sequence_of(params, slice.sequence),
-                            slice.q_begin,
-                            slice.queries,
-                            head_k * params.group + head_in_group,
-                            min_of(slice.heads, params.group - head_in_group),
-                            head_k};
-    forward_tile(params, tile, element, scratch());
-  });
+    int const head_in_group = (part - slice.first_part) * slice.heads;
+    return {sequence_of(params, slice.sequence),
+            slice.q_begin,
+            slice.queries,
+            head_k * params.group + head_in_group,
+            min_of(slice.heads, params.group - head_in_group),
+            head_k,
+            slice.first_key_tile,
+            slice.end_key_tile};
+  };
+
+  int const splits = plan.splits;
+  if (splits == 1) {
+    parallel_for(tasks, [&](int64_t task) {
+      DefaultFloats const environment;
+      forward_tile(params, tile_of(task), element, scratch());
+    });
+  } else {
+    int64_t const partial_floats = int64_t{few_rows} * (params.head_dim + 2);
+    std::vector<float> partials(static_cast<size_t>(tasks * splits * partial_floats));
+    parallel_for(tasks * splits, [&](int64_t task) {
+      DefaultFloats const environment;
+      QueryTile tile = tile_of(task / splits);
+      int const part = static_cast<int>(task % splits), count = tile.end_key_tile - tile.first_key_tile;
+      int const first = tile.first_key_tile;
+      tile.first_key_tile = first + static_cast<int>(int64_t{count} * part / splits);
+      tile.end_key_tile = first + static_cast<int>(int64_t{count} * (part + 1) / splits);
+      tile.partial = partials.data() + task * partial_floats;
+      forward_tile(params, tile, element, scratch());
+    });
+    parallel_for(tasks, [&](int64_t task) {
+      DefaultFloats const environment;
+      QueryTile tile = tile_of(task);
+      tile.partial = partials.data() + task * splits * partial_floats;
+      tile.parts = splits;
+      forward_tile(params, tile, element, scratch());
+    });
+  }
   clear_rest(params, dtype.bytes());
 }
 

@@ -6,6 +6,7 @@
 #include "attention/mask.h"
 #include "attention/score.h"
 #include "attention/softmax.h"
+#include "cpu/few_rows.h"
 #include "cpu/isa.h"
 #include "cpu/pack.h"
 
@@ -270,12 +271,204 @@ struct Forward {
   }
 };
 
+// One tile of few rows, numbered as Forward's, over the tiles of keys [key_tiles.begin, key_tiles.end).
+template <typename T, typename Atom, typename Score>
+struct ForwardFew {
+  using Lane = typename Atom::Lane;
+  static constexpr int blocks = few_rows / 4;
+
+  const ForwardParams& params;
+  const QueryTile& tile;
+  Mask mask;
+  Score score;
+  int rows, depth;
+  Lane* queries;  // [row][depth]
+  float* out;     // [row][head_dim]
+  float* scores;  // [tile_k][4], then the weights
+  FewRows state[blocks];
+
+  ForwardFew(const ForwardParams& p, const QueryTile& t, float* scratch)
+      : params(p),
+        tile(t),
+        mask(Mask::make(t.sequence.seqlen_q, t.sequence.seqlen_k, p.window_left, p.window_right)),
+        score(Score::make(p.scale, p.softcap)),
+        rows(t.queries * t.heads),
+        depth(p.head_dim / Atom::depth),
+        queries(reinterpret_cast<Lane*>(scratch)),
+        out(scratch + few_rows * max_head_dim),
+        scores(out + few_rows * max_head_dim) {}
+
+  static_assert(few_rows_head_dim % Dot<Atom, T>::step == 0);
+  static bool takes(const ForwardParams& p, const QueryTile& t) {
+    return t.queries * t.heads <= few_rows && p.head_dim % few_rows_head_dim == 0;
+  }
+
+  int query_of(int row) const { return tile.q_begin + row / tile.heads; }
+
+  template <typename Pointer>
+  int64_t offset_of(const Rows<Pointer>& array, int row) const {
+    return tile.sequence.batch * array.batch_stride + (tile.sequence.first_q + query_of(row)) * array.row_stride +
+           (tile.head + row % tile.heads) * array.head_stride;
+  }
+
+  void run() {
+    Lane room[largest_row];
+    for (int row = 0; row < few_rows; ++row) {
+      const Lane* from = room;
+      if (row < rows) {
+        from =
+            Row<Atom>::lanes_of(static_cast<const T*>(params.q.data) + offset_of(params.q, row), params.head_dim, room);
+      }
+      for (int d = 0; d < depth; ++d) queries[row * depth + d] = row < rows ? from[d] : Lane{};
+    }
+    for (int i = 0; i < few_rows * params.head_dim; ++i) out[i] = 0.0f;
+    for (FewRows& s : state) s = {splat(minus_infinity()), splat(0.0f), {}};
+
+    for (int t = tile.first_key_tile; t < tile.end_key_tile; ++t) {
+      // The keys of the tile that some row sees.
+      int const first_key = max_of(t * tile_k, mask.first_key(tile.q_begin));
+      int const end_key = min_of((t + 1) * tile_k, mask.end_key(tile.q_begin + tile.queries - 1));
+      for (int b = 0; b * 4 < rows && first_key < end_key; ++b) block(b, first_key, end_key - first_key);
+    }
+    tile.partial ? write_partial() : write();
+  }
+
+  template <typename Pointer>
+  const T* start_of(const Pointer& array, int key) const {
+    return static_cast<const T*>(array.data) + tile.sequence.batch * array.batch_stride +
+           (tile.sequence.first_k + key) * array.row_stride + tile.head_k * array.head_stride;
+  }
+
+  // Four rows with the keys [first_key, first_key + count).
+  void block(int b, int first_key, int count) {
+    few_scores<Atom>(queries + 4 * b * depth, depth, params.head_dim, start_of(params.k, first_key),
+                     params.k.row_stride, count, start_of(params.v, first_key), params.v.row_stride, scores);
+
+    float index[lanes], first[lanes], end[lanes];
+    for (int i = 0; i < lanes; ++i) {
+      int const query = query_of(min_of(4 * b + i % 4, rows - 1));
+      index[i] = static_cast<float>(i / 4);
+      first[i] = static_cast<float>(clamp_to(mask.first_key(query) - first_key, 0, count));
+      end[i] = static_cast<float>(clamp_to(mask.end_key(query) - first_key, 0, count));
+    }
+    // The weights are computed four vectors at a time: the last are filled up with keys that no row sees.
+    constexpr int step = 4 * group_keys;
+    int const padded = ceil_div(count, step) * step;
+    Vec const nothing = splat(minus_infinity());
+    Vec largest = nothing, key = load(index);
+    for (int k = 0; k < padded; k += group_keys, key = key + splat(static_cast<float>(group_keys))) {
+      Vec s = k < count ? transform(score, load(scores + 4 * k)) : nothing;
+      s = where_less(key, load(first), nothing, s);
+      s = where_less(key, load(end), s, nothing);
+      store(scores + 4 * k, s);
+      largest = larger(s, largest);
+    }
+
+    FewRows& rows_state = state[b];
+    Vec const new_max = larger(of_four_rows(largest, true), rows_state.max);
+    Vec const offset = where_less(nothing, new_max, new_max, splat(0.0f));
+    Vec const ratio = exp2_of((rows_state.max - offset) * splat(score.factor));
+    Vec sum = splat(0.0f);
+    for (int k = 0; k < padded; k += step) {
+      Vec weight[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        weight[v] = (load(scores + 4 * (k + v * group_keys)) - offset) * splat(score.factor);
+      }
+      exp2_of(weight);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        store(scores + 4 * (k + v * group_keys), weight[v]);
+        sum = sum + weight[v];
+      }
+    }
+    rows_state.max = new_max;
+    rows_state.sum = rows_state.sum * ratio + sum;
+    store(rows_state.ratio, ratio);
+    few_outputs(scores, rows_state.ratio, start_of(params.v, first_key), params.v.row_stride, count, params.head_dim,
+                out + 4 * b * params.head_dim);
+  }
+
+  SoftmaxRow total_of(int row) const {
+    Vec const sums = of_four_rows(state[row / 4].sum, false);
+    return {lane(state[row / 4].max, row % 4), lane(sums, row % 4)};
+  }
+
+  void write() const {
+    T* const array = static_cast<T*>(params.o.data);
+    for (int row = 0; row < rows; ++row) {
+      SoftmaxRow const total = total_of(row);
+      narrow(out + row * params.head_dim, total.inverse_sum(), params.head_dim, array + offset_of(params.o, row));
+      if (params.lse) {
+        int64_t const head = tile.sequence.batch * params.heads_q + tile.head + row % tile.heads;
+        params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
+      }
+    }
+  }
+
+  void write_partial() const {
+    for (int row = 0; row < rows; ++row) {
+      SoftmaxRow const total = total_of(row);
+      float* const to = tile.partial + row * (params.head_dim + 2);
+      to[0] = total.max;
+      to[1] = total.sum;
+      for (int d = 0; d < params.head_dim; ++d) to[2 + d] = out[row * params.head_dim + d];
+    }
+  }
+
+  // Merges the partial results of `tile.parts` tasks, in the order of their keys, into the first.
+  static void merge(const ForwardParams& p, const QueryTile& t, float* scratch) {
+    ForwardFew result(p, t, scratch);
+    int const stride = p.head_dim + 2;
+    for (int row = 0; row < result.rows; ++row) {
+      float* const first = t.partial + row * stride;
+      float largest = first[0];
+      for (int i = 1; i < t.parts; ++i) {
+        float const max = first[static_cast<int64_t>(i) * few_rows * stride];
+        largest = max > largest ? max : largest;
+      }
+      float const offset = largest == minus_infinity() ? 0.0f : largest;
+      float sum = 0.0f;
+      float* const to = result.out + row * p.head_dim;
+      for (int d = 0; d < p.head_dim; ++d) to[d] = 0.0f;
+      for (int i = 0; i < t.parts; ++i) {
+        const float* const part = first + static_cast<int64_t>(i) * few_rows * stride;
+        float const weight = lane_exp2((part[0] - offset) * result.score.factor);
+        sum += weight * part[1];
+        for (int d = 0; d < p.head_dim; ++d) to[d] += weight * part[2 + d];
+      }
+      FewRows& state = result.state[row / 4];
+      if (row % 4 == 0) state = {splat(minus_infinity()), splat(0.0f), {}};
+      float lanes_max[lanes], lanes_sum[lanes];
+      store(lanes_max, state.max);
+      store(lanes_sum, state.sum);
+      lanes_max[row % 4] = largest;
+      lanes_sum[row % 4] = sum;
+      state.max = load(lanes_max);
+      state.sum = load(lanes_sum);
+    }
+    result.write();
+  }
+};
+
+template <typename T, typename Atom, typename Score>
+void forward_as(const ForwardParams& params, const QueryTile& tile, float* scratch) {
+  using Few = ForwardFew<T, Atom, Score>;
+  if (tile.parts > 0) {
+    Few::merge(params, tile, scratch);
+  } else if (Few::takes(params, tile)) {
+    Few(params, tile, scratch).run();
+  } else {
+    Forward<T, Atom, Score>(params, tile, scratch).run();
+  }
+}
+
 template <typename T, typename Atom>
 void forward_of(const ForwardParams& params, const QueryTile& tile, float* scratch) {
   if (params.scale > 0.0f && params.softcap == 0.0f) {
-    Forward<T, Atom, PlainScore>(params, tile, scratch).run();
+    forward_as<T, Atom, PlainScore>(params, tile, scratch);
   } else {
-    Forward<T, Atom, CappedScore>(params, tile, scratch).run();
+    forward_as<T, Atom, CappedScore>(params, tile, scratch);
   }
 }
 

@@ -22,6 +22,13 @@ struct QueryTile {
   int q_begin, queries;
   int head, heads;
   int head_k;
+  int first_key_tile, end_key_tile;  // the tiles of keys that some of them see; a part of those where they are divided
+
+  // Where the keys of a tile are divided over tasks: a task's result, for each row its maximum, its sum and head_dim
+  // outputs not yet divided by it. With `parts` > 0 the task is to merge that many, few_rows rows apart, from
+  // `partial` on.
+  float* partial = nullptr;
+  int parts = 0;
 };
 
 enum class Element : uint8_t { float32, float16, bfloat16 };

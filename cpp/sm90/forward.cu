@@ -9,8 +9,8 @@
 namespace flashcore::sm90 {
 
 // Instantiated in the files that cmake/KernelInstances.cmake makes.
-template <class Element, int head_dim, int tile_k, int warpgroups, int blocks, int slots, bool plain_score,
-          int options = 2>
+template <class Element, int head_dim, int tile_k, int warpgroups, int slots, bool in_turn, int q_buffers,
+          bool plain_score>
 struct ForwardConfig;
 template <class Config>
 void run_forward(ForwardParams const& params, Plan const& plan, cudaStream_t stream);

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of a tile with few rows of queries (decoding, the end of a sequence), which is bound by reading keys and
+// values: they are used where they lie, without packing. Four rows at a time are the lanes of a vector, so that scores
+// and weights of lanes / 4 keys are one vector: lane 4 k + r is row r's of key k.
+#pragma once
+
+#include "attention/mask.h"
+#include "attention/score.h"
+#include "attention/softmax.h"
+#include "cpu/isa.h"
+#include "cpu/pack.h"
+
+namespace flashcore::cpu {
+namespace {
+
+constexpr int group_keys = lanes / 4;  // keys of a vector of scores
+
+// An integer as a type, without the standard library's.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+FLASHCORE_HD Vec load_lanes(const float* p) { return load(p); }
+template <typename T>
+FLASHCORE_HD Vec load_lanes(const T* p) {
+#if defined(__AVX512F__)
+  __m256i const bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if constexpr (T::is_half) {
+    return (Vec)_mm512_cvtph_ps(bits);
+  } else {
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+  }
+#elif defined(__AVX2__) && defined(__GNUC__)
+  __m128i const bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  if constexpr (T::is_half) {
+    return (Vec)_mm256_cvtph_ps(bits);
+  } else {
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+  }
+#else
+  float x[lanes];
+  for (int i = 0; i < lanes; ++i) x[i] = to_float(p[i]);
+  return load(x);
+#endif
+}
+
+// The dot products of rows: how many elements a step takes, and from what.
+template <typename Atom, typename T>
+struct Dot;
+template <typename T>
+struct Dot<FloatAtom, T> {
+  static constexpr int step = lanes;
+  FLASHCORE_HD static Vec row(const T* p) { return load_lanes(p); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<BFloatAtom, BFloat> {
+  static constexpr int step = 2 * lanes;
+  FLASHCORE_HD static __m512i row(const BFloat* p) { return _mm512_loadu_si512(p); }
+};
+#endif
+
+// Vectors v[0], ..., v[lanes - 1] to one whose lane i is the sum of v[i]'s lanes.
+FLASHCORE_HD Vec sums_of(Vec (&v)[lanes]) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 4
+  for (uint32_t bit = 1, count = lanes / 2; bit < lanes; bit *= 2, count /= 2) {
+    VecBits low, high;  // of the first vector, where the lane's bit is 0, or the second
+    for (uint32_t i = 0; i < lanes; ++i) {
+      low[i] = (i & bit ? lanes : 0) + (i & ~bit);
+      high[i] = (i & bit ? lanes : 0) + (i | bit);
+    }
+#pragma GCC unroll 8
+    for (uint32_t j = 0; j < count; ++j) {
+      v[j] = __builtin_shuffle(v[2 * j], v[2 * j + 1], low) + __builtin_shuffle(v[2 * j], v[2 * j + 1], high);
+    }
+  }
+  return v[0];
+#else
+  float x[lanes];
+  for (int i = 0; i < lanes; ++i) x[i] = sum_across(v[i]);
+  return load(x);
+#endif
+}
+
+// For each of four rows the largest of its lanes, or their sum, in all of them.
+FLASHCORE_HD Vec of_four_rows(Vec v, bool largest) {
+  float x[lanes];
+  store(x, v);
+  for (int half = lanes / 2; half >= 4; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] = largest ? (x[i + half] > x[i] ? x[i + half] : x[i]) : x[i] + x[i + half];
+  }
+  for (int i = 4; i < lanes; ++i) x[i] = x[i % 4];
+  return load(x);
+}
+
+// Asks for the rows [k, k + count) of keys or values. Rows of one head lie apart, and the processor's own prefetching
+// does not see where the next one is: without this a thread read 4 GB/s, waiting for each line.
+template <typename T>
+FLASHCORE_HD void prefetch_rows(const T* rows, int64_t stride, int k, int count, int head_dim) {
+#if defined(__GNUC__)
+  for (int i = k; i < k + count; ++i) {
+    const char* const row = reinterpret_cast<const char*>(rows + i * stride);
+    for (int line = 0; line < head_dim * static_cast<int>(sizeof(T)); line += 64) __builtin_prefetch(row + line);
+  }
+#endif
+}
+
+// The state of four rows.
+struct FewRows {
+  Vec max, sum;
+  float ratio[lanes];
+};
+
+// Keys that are asked for ahead of their use; those past the array's end do no harm.
+constexpr int prefetch_distance = 64;
+
+// Scores of the keys [0, count) of `keys` with the four rows of `queries` (one after the other, `depth` lanes of the
+// atom each), in whole vectors: scores[4 k + r]. Asks for the values of these keys meanwhile.
+template <typename Atom, typename T>
+FLASHCORE_HD void few_scores(const typename Atom::Lane* queries, int depth, int head_dim, const T* keys, int64_t stride,
+                             int count, const T* values, int64_t value_stride, float* scores) {
+  using D = Dot<Atom, T>;
+  for (int k = 0; k < count; k += group_keys) {
+    const T* row[group_keys];
+    for (int i = 0; i < group_keys; ++i) row[i] = keys + min_of(k + i, count - 1) * stride;
+    prefetch_rows(keys, stride, k + prefetch_distance, group_keys, head_dim);
+    prefetch_rows(values, value_stride, k, group_keys, head_dim);
+    Vec acc[lanes] = {};
+    for (int d = 0; d < head_dim; d += D::step) {
+      typename Atom::Wide key[group_keys];
+#pragma GCC unroll 4
+      for (int i = 0; i < group_keys; ++i) key[i] = D::row(row[i] + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        typename Atom::Wide const query = Atom::load_wide(queries + r * depth + d / Atom::depth);
+#pragma GCC unroll 4
+        for (int i = 0; i < group_keys; ++i) acc[4 * i + r] = Atom::multiply_add(query, key[i], acc[4 * i + r]);
+      }
+    }
+    store(scores + 4 * k, sums_of(acc));
+  }
+}
+
+// out (4 x head_dim) = ratio · out + weights · values, a panel of columns at a time.
+template <typename T>
+FLASHCORE_HD void few_outputs(const float* weights, const float* ratio, const T* values, int64_t stride, int count,
+                              int head_dim, float* out) {
+  for (int c = 0; c < head_dim; c += panel_width) {
+    int const vectors = min_of(panel_width, head_dim - c) / lanes;
+    Vec acc[4][panel_vectors] = {};
+    auto const accumulate = [&](auto width) {
+      constexpr int n = decltype(width)::value;
+      for (int k = 0; k < count; ++k) {
+        const T* const row = values + k * stride + c;
+        Vec value[n];
+#pragma GCC unroll 4
+        for (int v = 0; v < n; ++v) value[v] = load_lanes(row + v * lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          Vec const weight = splat(weights[4 * k + r]);
+#pragma GCC unroll 4
+          for (int v = 0; v < n; ++v) acc[r][v] = weight * value[v] + acc[r][v];
+        }
+      }
+    };
+    if (vectors == panel_vectors) {
+      accumulate(Constant<panel_vectors>{});
+    } else {
+      for (int v = 0; v < vectors; ++v) {
+        Vec one[4] = {};
+        for (int k = 0; k < count; ++k) {
+          Vec const value = load_lanes(values + k * stride + c + v * lanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) one[r] = splat(weights[4 * k + r]) * value + one[r];
+        }
+        for (int r = 0; r < 4; ++r) acc[r][v] = one[r];
+      }
+    }
+    for (int r = 0; r < 4; ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        float* const to = out + r * head_dim + c + v * lanes;
+        store(to, load(to) * splat(ratio[r]) + acc[r][v]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashcore::cpu
