@@ -15,7 +15,7 @@ function(flashcore_cpu_instruction_sets target)
       set(flags_avx2 -mavx2 -mfma -mf16c)
       set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512)
       if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
-        list(APPEND flags_avx512 -Wno-maybe-uninitialized)  # GCC 12's own intrinsics begin with vectors that nobody has set
+        list(APPEND flags_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)  # GCC 12's own intrinsics begin with vectors that nobody has set
       endif()
       check_cxx_compiler_flag(-mavx512bf16 FLASHCORE_HAS_AVX512BF16)
       if(FLASHCORE_HAS_AVX512BF16)

@@ -32,17 +32,18 @@ struct Work {
 // Fixed-length: the (sequence, head) pairs are cut into sections whose keys and values fit in the L2 cache together.
 // Within a section the last tile of every pair comes first, so that under a causal mask long tiles start early and the
 // short ones fill the end. `heads_per_section` = 1 runs the tiles of a pair one after the other. A kernel whose blocks
-// take turns wants sections to be whole rounds: it sets `section_slots` to more than a section has tiles, and the rest
-// stay empty.
+// take turns wants sections to be whole rounds: with `padded_sections` a section has `section_slots` indices, more than
+// it has tiles, and the rest stay empty. (The others are spared the test: it cost the sm80 kernel spilled registers.)
 //
 // Variable-length: the number of tiles of each sequence is not known on the host. Sequence b starts at slot
 // cu_seqlens_q[b] / tile_q + b, which leaves each sequence at least the slots it needs; some stay empty. The rows
 // behind the last sequence count as one more sequence, without keys, so that they are written (zeros) like the rest.
+template <bool padded_sections>
 struct TileScheduler {
   int tile_q;  // queries of a tile
   int heads_per_section;
-  int heads;          // of the queries, or groups of heads that share a tile
-  int section_slots;  // indices of a section; tiles of a pair · heads_per_section, or more
+  int heads;  // of the queries, or groups of heads that share a tile
+  int section_slots = 0;
 
   // Indices for one head. seqlen_q: the total over all sequences when variable-length.
   static FLASHCORE_HD int64_t slots(bool varlen, int64_t seqlen_q, int64_t batch, int tile_q) {
@@ -58,12 +59,13 @@ struct TileScheduler {
   FLASHCORE_HD bool fixed_work(const ForwardParams& p, uint32_t index, Work& w) const {
     uint32_t const tiles = ceil_div(p.seqlen_q, tile_q);
     uint32_t const pairs = uint32_t(p.batch) * heads;
-    uint32_t const section = index / section_slots;
-    uint32_t const rest = index - section * section_slots;
+    uint32_t const slots = padded_sections ? section_slots : tiles * heads_per_section;
+    uint32_t const section = index / slots;
+    uint32_t const rest = index - section * slots;
     uint32_t const first_pair = section * heads_per_section;
     uint32_t const width = pairs - first_pair < uint32_t(heads_per_section) ? pairs - first_pair : heads_per_section;
     uint32_t const row = rest / width;
-    if (row >= tiles) return false;
+    if (padded_sections && row >= tiles) return false;
     uint32_t const pair = first_pair + (rest - row * width);
     w.tile = tiles - 1 - row;
     w.sequence = pair / heads;

@@ -72,7 +72,7 @@ int64_t tiles(const Problem& problem, int tile_q, int64_t heads) {
   Sizes const s = sizes(problem);
   if (s.total_q == 0) return 0;
   int64_t const count =
-      TileScheduler::slots(problem.varlen(), problem.varlen() ? s.total_q : s.seqlen_q, s.batch, tile_q) * heads;
+      TileScheduler<false>::slots(problem.varlen(), problem.varlen() ? s.total_q : s.seqlen_q, s.batch, tile_q) * heads;
   if (count > std::numeric_limits<int32_t>::max()) {
     throw ValueError("query: " + std::to_string(count) + " tiles of " + std::to_string(tile_q) +
                      " queries pass the grid's 2^31 - 1; expected a smaller batch");
@@ -97,13 +97,17 @@ int heads_per_section(const Problem& problem, const DeviceProperties& device, in
 bool plain_score(const Problem& problem) { return problem.softcap == 0.0 && effective_scale(problem) > 1e-30; }
 
 // A few queries with many keys are divided over the keys. Into how many parts depends on nothing but the problem, so
-// that the number of threads changes no bits; the parts' memory is at most 2 MiB.
+// that the number of threads changes no bits; the parts' memory is at most 4 MiB.
 int cpu_splits(const Problem& problem) {
-  constexpr int64_t part_keys = 4096, most_tasks = 64, most_parts = 256;
+  constexpr int64_t part_keys = 4096, most_parts = 64;
   Sizes const s = sizes(problem);
   if (problem.varlen() || problem.batch_invariant || s.heads_k == 0) return 1;
-  int64_t const rows = s.seqlen_q * (s.heads_q / s.heads_k), tasks = s.batch * s.heads_k;
-  if (rows > cpu::few_rows || s.head_dim % cpu::few_rows_head_dim != 0 || tasks == 0 || tasks >= most_tasks) return 1;
+  int64_t const rows = s.seqlen_q * (s.heads_q / s.heads_k);
+  if (rows > cpu::few_rows || s.head_dim % cpu::few_rows_head_dim != 0) return 1;
+  bool const side_by_side = problem.layout == Layout::bshd;
+  int64_t const key_heads = cpu::few_key_heads(rows, s.head_dim, s.heads_k, side_by_side);
+  int64_t const tasks = s.batch * ((s.heads_k + key_heads - 1) / key_heads);
+  if (tasks == 0 || tasks >= most_parts) return 1;
   return static_cast<int>(std::clamp<int64_t>(s.seqlen_k / part_keys, 1, most_parts / tasks));
 }
 

@@ -95,38 +95,21 @@ FLASHCORE_HD Vec of_four_rows(Vec v, bool largest) {
   return load(x);
 }
 
-// Asks for the rows [k, k + count) of keys or values. Rows of one head lie apart, and the processor's own prefetching
-// does not see where the next one is: without this a thread read 4 GB/s, waiting for each line.
-template <typename T>
-FLASHCORE_HD void prefetch_rows(const T* rows, int64_t stride, int k, int count, int head_dim) {
-#if defined(__GNUC__)
-  for (int i = k; i < k + count; ++i) {
-    const char* const row = reinterpret_cast<const char*>(rows + i * stride);
-    for (int line = 0; line < head_dim * static_cast<int>(sizeof(T)); line += 64) __builtin_prefetch(row + line);
-  }
-#endif
-}
-
 // The state of four rows.
 struct FewRows {
   Vec max, sum;
   float ratio[lanes];
 };
 
-// Keys that are asked for ahead of their use; those past the array's end do no harm.
-constexpr int prefetch_distance = 64;
-
 // Scores of the keys [0, count) of `keys` with the four rows of `queries` (one after the other, `depth` lanes of the
-// atom each), in whole vectors: scores[4 k + r]. Asks for the values of these keys meanwhile.
+// atom each), in whole vectors: scores[4 k + r].
 template <typename Atom, typename T>
 FLASHCORE_HD void few_scores(const typename Atom::Lane* queries, int depth, int head_dim, const T* keys, int64_t stride,
-                             int count, const T* values, int64_t value_stride, float* scores) {
+                             int count, float* scores) {
   using D = Dot<Atom, T>;
   for (int k = 0; k < count; k += group_keys) {
     const T* row[group_keys];
     for (int i = 0; i < group_keys; ++i) row[i] = keys + min_of(k + i, count - 1) * stride;
-    prefetch_rows(keys, stride, k + prefetch_distance, group_keys, head_dim);
-    prefetch_rows(values, value_stride, k, group_keys, head_dim);
     Vec acc[lanes] = {};
     for (int d = 0; d < head_dim; d += D::step) {
       typename Atom::Wide key[group_keys];

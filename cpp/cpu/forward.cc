@@ -31,6 +31,7 @@ struct Slice {
 // The slices of a sequence, costliest first.
 struct SequenceTasks {
   std::vector<Slice> slices;
+  int key_heads = 1;       // of a task
   int64_t cost = 0;        // tiles of keys of a key head
   int parts = 0;           // tasks of a key head
   int64_t first_task = 0;  // tasks of the sequences before
@@ -66,6 +67,10 @@ SequenceTasks tasks_of(const ForwardParams& p, int b, int queries_of_tile) {
   Mask const mask = Mask::make(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
   int const heads = clamp_to(packed_rows / max_of(s.seqlen_q, 1), 1, p.group);
   int const parts = ceil_div(p.group, heads);
+  if (heads == p.group) {
+    bool const side_by_side = p.k.head_stride < p.k.row_stride;
+    tasks.key_heads = few_key_heads(int64_t{s.seqlen_q} * heads, p.head_dim, p.heads_k, side_by_side);
+  }
   for (int q = 0; q < s.seqlen_q; q += queries_of_tile) {
     int const queries = min_of(queries_of_tile, s.seqlen_q - q);
     KeyRange const range = mask.key_range(q, q + queries, tile_k);
@@ -109,14 +114,14 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
                    [](const SequenceTasks& a, const SequenceTasks& b) { return a.cost > b.cost; });
   for (SequenceTasks& sequence : sequences) {
     sequence.first_task = tasks;
-    tasks += int64_t{params.heads_k} * sequence.parts;
+    tasks += int64_t{ceil_div(params.heads_k, sequence.key_heads)} * sequence.parts;
   }
 
   auto const tile_of = [&](int64_t task) -> QueryTile {
     auto const after = std::upper_bound(sequences.begin(), sequences.end(), task,
                                         [](int64_t t, const SequenceTasks& s) { return t < s.first_task; });
     SequenceTasks const& sequence = *(after - 1);
-    int const head_k = static_cast<int>((task - sequence.first_task) / sequence.parts);
+    int const head_k = static_cast<int>((task - sequence.first_task) / sequence.parts) * sequence.key_heads;
     int const part = static_cast<int>((task - sequence.first_task) % sequence.parts);
     auto const next = std::upper_bound(sequence.slices.begin(), sequence.slices.end(), part,
                                        [](int p, const Slice& slice) { return p < slice.first_part; });
@@ -128,6 +133,7 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
             head_k * params.group + head_in_group,
             min_of(slice.heads, params.group - head_in_group),
             head_k,
+            min_of(sequence.key_heads, params.heads_k - head_k),
             slice.first_key_tile,
             slice.end_key_tile};
   };
@@ -139,7 +145,7 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
       forward_tile(params, tile_of(task), element, scratch());
     });
   } else {
-    int64_t const partial_floats = int64_t{few_rows} * (params.head_dim + 2);
+    int64_t const partial_floats = int64_t{8} * few_rows * (params.head_dim + 2);
     std::vector<float> partials(static_cast<size_t>(tasks * splits * partial_floats));
     parallel_for(tasks * splits, [&](int64_t task) {
       DefaultFloats const environment;
@@ -149,12 +155,14 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
       tile.first_key_tile = first + static_cast<int>(int64_t{count} * part / splits);
       tile.end_key_tile = first + static_cast<int>(int64_t{count} * (part + 1) / splits);
       tile.partial = partials.data() + task * partial_floats;
+      tile.partial_floats = partial_floats;
       forward_tile(params, tile, element, scratch());
     });
     parallel_for(tasks, [&](int64_t task) {
       DefaultFloats const environment;
       QueryTile tile = tile_of(task);
       tile.partial = partials.data() + task * splits * partial_floats;
+      tile.partial_floats = partial_floats;
       tile.parts = splits;
       forward_tile(params, tile, element, scratch());
     });

@@ -271,21 +271,28 @@ struct Forward {
   }
 };
 
-// One tile of few rows, numbered as Forward's, over the tiles of keys [key_tiles.begin, key_tiles.end).
+// Tiles of few rows, numbered as Forward's, of several key heads, over the tiles of keys that the task is to take.
 template <typename T, typename Atom, typename Score>
 struct ForwardFew {
   using Lane = typename Atom::Lane;
-  static constexpr int blocks = few_rows / 4;
+  static constexpr int blocks = few_rows / 4, most_key_heads = 8;
+  // Keys of which all heads are copied before they are used: read in the order in which memory lies, the processor
+  // fetches ahead; used where they lie, 2 KiB apart, each waited for (5 GB/s a thread instead of 10).
+  static constexpr int copied_keys = 32;
+  static_assert(few_rows_head_dim % Dot<Atom, T>::step == 0);
+  static_assert(few_key_heads(few_rows, few_rows_head_dim, 1 << 20, true) <= most_key_heads);
 
   const ForwardParams& params;
   const QueryTile& tile;
   Mask mask;
   Score score;
   int rows, depth;
-  Lane* queries;  // [row][depth]
-  float* out;     // [row][head_dim]
+  Lane* queries;  // [key head][row][depth]
+  float* out;     // [key head][row][head_dim]
   float* scores;  // [tile_k][4], then the weights
-  FewRows state[blocks];
+  T* copied_k;    // [copied_keys][key head][head_dim]
+  T* copied_v;
+  FewRows state[most_key_heads][blocks];
 
   ForwardFew(const ForwardParams& p, const QueryTile& t, float* scratch)
       : params(p),
@@ -295,54 +302,90 @@ struct ForwardFew {
         rows(t.queries * t.heads),
         depth(p.head_dim / Atom::depth),
         queries(reinterpret_cast<Lane*>(scratch)),
-        out(scratch + few_rows * max_head_dim),
-        scores(out + few_rows * max_head_dim) {}
+        out(scratch + most_key_heads * few_rows * max_head_dim),
+        scores(out + most_key_heads * few_rows * max_head_dim),
+        copied_k(reinterpret_cast<T*>(scores + 4 * tile_k)),
+        copied_v(reinterpret_cast<T*>(scores + 4 * tile_k + copied_keys * most_key_heads * max_head_dim)) {
+    static_assert(2 * most_key_heads * (few_rows + copied_keys) * max_head_dim + 4 * tile_k <= scratch_floats);
+  }
 
-  static_assert(few_rows_head_dim % Dot<Atom, T>::step == 0);
   static bool takes(const ForwardParams& p, const QueryTile& t) {
     return t.queries * t.heads <= few_rows && p.head_dim % few_rows_head_dim == 0;
   }
 
   int query_of(int row) const { return tile.q_begin + row / tile.heads; }
+  int head_of(int key_head, int row) const { return tile.head + key_head * params.group + row % tile.heads; }
+  Lane* queries_of(int key_head, int row) const { return queries + (key_head * few_rows + row) * depth; }
+  float* out_of(int key_head, int row) const { return out + (key_head * few_rows + row) * params.head_dim; }
 
   template <typename Pointer>
-  int64_t offset_of(const Rows<Pointer>& array, int row) const {
+  int64_t offset_of(const Rows<Pointer>& array, int key_head, int row) const {
     return tile.sequence.batch * array.batch_stride + (tile.sequence.first_q + query_of(row)) * array.row_stride +
-           (tile.head + row % tile.heads) * array.head_stride;
+           head_of(key_head, row) * array.head_stride;
+  }
+
+  const T* start_of(const Rows<const void*>& array, int key_head, int key) const {
+    return static_cast<const T*>(array.data) + tile.sequence.batch * array.batch_stride +
+           (tile.sequence.first_k + key) * array.row_stride + (tile.head_k + key_head) * array.head_stride;
   }
 
   void run() {
     Lane room[largest_row];
-    for (int row = 0; row < few_rows; ++row) {
-      const Lane* from = room;
-      if (row < rows) {
-        from =
-            Row<Atom>::lanes_of(static_cast<const T*>(params.q.data) + offset_of(params.q, row), params.head_dim, room);
+    for (int h = 0; h < tile.key_heads; ++h) {
+      for (int row = 0; row < few_rows; ++row) {
+        const Lane* from = room;
+        if (row < rows) {
+          from = Row<Atom>::lanes_of(static_cast<const T*>(params.q.data) + offset_of(params.q, h, row),
+                                     params.head_dim, room);
+        }
+        for (int d = 0; d < depth; ++d) queries_of(h, row)[d] = row < rows ? from[d] : Lane{};
+        for (int d = 0; d < params.head_dim; ++d) out_of(h, row)[d] = 0.0f;
       }
-      for (int d = 0; d < depth; ++d) queries[row * depth + d] = row < rows ? from[d] : Lane{};
+      for (FewRows& s : state[h]) s = {splat(minus_infinity()), splat(0.0f), {}};
     }
-    for (int i = 0; i < few_rows * params.head_dim; ++i) out[i] = 0.0f;
-    for (FewRows& s : state) s = {splat(minus_infinity()), splat(0.0f), {}};
 
-    for (int t = tile.first_key_tile; t < tile.end_key_tile; ++t) {
-      // The keys of the tile that some row sees.
-      int const first_key = max_of(t * tile_k, mask.first_key(tile.q_begin));
-      int const end_key = min_of((t + 1) * tile_k, mask.end_key(tile.q_begin + tile.queries - 1));
-      for (int b = 0; b * 4 < rows && first_key < end_key; ++b) block(b, first_key, end_key - first_key);
+    // The keys that some row sees.
+    int const begin = max_of(tile.first_key_tile * tile_k, mask.first_key(tile.q_begin));
+    int const end = min_of(tile.end_key_tile * tile_k, mask.end_key(tile.q_begin + tile.queries - 1));
+    int const step = tile.key_heads > 1 ? copied_keys : tile_k;
+    for (int key = begin; key < end; key += step) {
+      int const count = min_of(step, end - key);
+      if (tile.key_heads == 1) {
+        for (int b = 0; b * 4 < rows; ++b) {
+          block(0, b, key, count, start_of(params.k, 0, key), params.k.row_stride, start_of(params.v, 0, key),
+                params.v.row_stride);
+        }
+      } else {
+        int const row_elements = tile.key_heads * params.head_dim;
+        copy(params.k, key, count, copied_k);
+        copy(params.v, key, count, copied_v);
+        for (int h = 0; h < tile.key_heads; ++h) {
+          for (int b = 0; b * 4 < rows; ++b) {
+            block(h, b, key, count, copied_k + h * params.head_dim, row_elements, copied_v + h * params.head_dim,
+                  row_elements);
+          }
+        }
+      }
     }
     tile.partial ? write_partial() : write();
   }
 
-  template <typename Pointer>
-  const T* start_of(const Pointer& array, int key) const {
-    return static_cast<const T*>(array.data) + tile.sequence.batch * array.batch_stride +
-           (tile.sequence.first_k + key) * array.row_stride + tile.head_k * array.head_stride;
+  // Several heads of `count` keys, in the order in which they lie in memory.
+  void copy(const Rows<const void*>& array, int key, int count, T* to) const {
+    bool const adjacent = array.head_stride == params.head_dim;
+    int const pieces = adjacent ? 1 : tile.key_heads;
+    size_t const elements = static_cast<size_t>(params.head_dim) * (tile.key_heads / pieces);
+    for (int k = 0; k < count; ++k) {
+      for (int h = 0; h < pieces; ++h, to += elements) {
+        memcpy(to, start_of(array, h, key + k), elements * sizeof(T));
+      }
+    }
   }
 
   // Four rows with the keys [first_key, first_key + count).
-  void block(int b, int first_key, int count) {
-    few_scores<Atom>(queries + 4 * b * depth, depth, params.head_dim, start_of(params.k, first_key),
-                     params.k.row_stride, count, start_of(params.v, first_key), params.v.row_stride, scores);
+  void block(int key_head, int b, int first_key, int count, const T* keys, int64_t key_stride, const T* values,
+             int64_t value_stride) {
+    few_scores<Atom>(queries_of(key_head, 4 * b), depth, params.head_dim, keys, key_stride, count, scores);
 
     float index[lanes], first[lanes], end[lanes];
     for (int i = 0; i < lanes; ++i) {
@@ -364,7 +407,7 @@ struct ForwardFew {
       largest = larger(s, largest);
     }
 
-    FewRows& rows_state = state[b];
+    FewRows& rows_state = state[key_head][b];
     Vec const new_max = larger(of_four_rows(largest, true), rows_state.max);
     Vec const offset = where_less(nothing, new_max, new_max, splat(0.0f));
     Vec const ratio = exp2_of((rows_state.max - offset) * splat(score.factor));
@@ -385,69 +428,68 @@ struct ForwardFew {
     rows_state.max = new_max;
     rows_state.sum = rows_state.sum * ratio + sum;
     store(rows_state.ratio, ratio);
-    few_outputs(scores, rows_state.ratio, start_of(params.v, first_key), params.v.row_stride, count, params.head_dim,
-                out + 4 * b * params.head_dim);
+    few_outputs(scores, rows_state.ratio, values, value_stride, count, params.head_dim, out_of(key_head, 4 * b));
   }
 
-  SoftmaxRow total_of(int row) const {
-    Vec const sums = of_four_rows(state[row / 4].sum, false);
-    return {lane(state[row / 4].max, row % 4), lane(sums, row % 4)};
+  SoftmaxRow total_of(int key_head, int row) const {
+    FewRows const& rows_state = state[key_head][row / 4];
+    Vec const sums = of_four_rows(rows_state.sum, false);
+    return {lane(rows_state.max, row % 4), lane(sums, row % 4)};
+  }
+
+  void write_row(int key_head, int row, const SoftmaxRow& total) const {
+    narrow(out_of(key_head, row), total.inverse_sum(), params.head_dim,
+           static_cast<T*>(params.o.data) + offset_of(params.o, key_head, row));
+    if (params.lse) {
+      int64_t const head = tile.sequence.batch * params.heads_q + head_of(key_head, row);
+      params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
+    }
   }
 
   void write() const {
-    T* const array = static_cast<T*>(params.o.data);
-    for (int row = 0; row < rows; ++row) {
-      SoftmaxRow const total = total_of(row);
-      narrow(out + row * params.head_dim, total.inverse_sum(), params.head_dim, array + offset_of(params.o, row));
-      if (params.lse) {
-        int64_t const head = tile.sequence.batch * params.heads_q + tile.head + row % tile.heads;
-        params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
-      }
+    for (int h = 0; h < tile.key_heads; ++h) {
+      for (int row = 0; row < rows; ++row) write_row(h, row, total_of(h, row));
     }
+  }
+
+  float* partial_of(int key_head, int row) const {
+    return tile.partial + (key_head * few_rows + row) * (params.head_dim + 2);
   }
 
   void write_partial() const {
-    for (int row = 0; row < rows; ++row) {
-      SoftmaxRow const total = total_of(row);
-      float* const to = tile.partial + row * (params.head_dim + 2);
-      to[0] = total.max;
-      to[1] = total.sum;
-      for (int d = 0; d < params.head_dim; ++d) to[2 + d] = out[row * params.head_dim + d];
+    for (int h = 0; h < tile.key_heads; ++h) {
+      for (int row = 0; row < rows; ++row) {
+        SoftmaxRow const total = total_of(h, row);
+        float* const to = partial_of(h, row);
+        to[0] = total.max;
+        to[1] = total.sum;
+        for (int d = 0; d < params.head_dim; ++d) to[2 + d] = out_of(h, row)[d];
+      }
     }
   }
 
-  // Merges the partial results of `tile.parts` tasks, in the order of their keys, into the first.
-  static void merge(const ForwardParams& p, const QueryTile& t, float* scratch) {
-    ForwardFew result(p, t, scratch);
-    int const stride = p.head_dim + 2;
-    for (int row = 0; row < result.rows; ++row) {
-      float* const first = t.partial + row * stride;
-      float largest = first[0];
-      for (int i = 1; i < t.parts; ++i) {
-        float const max = first[static_cast<int64_t>(i) * few_rows * stride];
-        largest = max > largest ? max : largest;
+  // Merges the partial results of `tile.parts` tasks, in the order of their keys, and writes what they make.
+  void merge() {
+    for (int h = 0; h < tile.key_heads; ++h) {
+      for (int row = 0; row < rows; ++row) {
+        const float* const first = partial_of(h, row);
+        SoftmaxRow total;
+        for (int i = 0; i < tile.parts; ++i) {
+          float const max = first[i * tile.partial_floats];
+          total.max = max > total.max ? max : total.max;
+        }
+        float const offset = total.max == minus_infinity() ? 0.0f : total.max;
+        float* const to = out_of(h, row);
+        for (int d = 0; d < params.head_dim; ++d) to[d] = 0.0f;
+        for (int i = 0; i < tile.parts; ++i) {
+          const float* const part = first + i * tile.partial_floats;
+          float const weight = lane_exp2((part[0] - offset) * score.factor);
+          total.sum += weight * part[1];
+          for (int d = 0; d < params.head_dim; ++d) to[d] += weight * part[2 + d];
+        }
+        write_row(h, row, total);
       }
-      float const offset = largest == minus_infinity() ? 0.0f : largest;
-      float sum = 0.0f;
-      float* const to = result.out + row * p.head_dim;
-      for (int d = 0; d < p.head_dim; ++d) to[d] = 0.0f;
-      for (int i = 0; i < t.parts; ++i) {
-        const float* const part = first + static_cast<int64_t>(i) * few_rows * stride;
-        float const weight = lane_exp2((part[0] - offset) * result.score.factor);
-        sum += weight * part[1];
-        for (int d = 0; d < p.head_dim; ++d) to[d] += weight * part[2 + d];
-      }
-      FewRows& state = result.state[row / 4];
-      if (row % 4 == 0) state = {splat(minus_infinity()), splat(0.0f), {}};
-      float lanes_max[lanes], lanes_sum[lanes];
-      store(lanes_max, state.max);
-      store(lanes_sum, state.sum);
-      lanes_max[row % 4] = largest;
-      lanes_sum[row % 4] = sum;
-      state.max = load(lanes_max);
-      state.sum = load(lanes_sum);
     }
-    result.write();
   }
 };
 
@@ -455,7 +497,7 @@ template <typename T, typename Atom, typename Score>
 void forward_as(const ForwardParams& params, const QueryTile& tile, float* scratch) {
   using Few = ForwardFew<T, Atom, Score>;
   if (tile.parts > 0) {
-    Few::merge(params, tile, scratch);
+    Few(params, tile, scratch).merge();
   } else if (Few::takes(params, tile)) {
     Few(params, tile, scratch).run();
   } else {

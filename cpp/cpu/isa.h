@@ -22,12 +22,14 @@ struct QueryTile {
   int q_begin, queries;
   int head, heads;
   int head_k;
+  int key_heads;                     // head_k and those after it, each with `heads` query heads: 1, or few rows
   int first_key_tile, end_key_tile;  // the tiles of keys that some of them see; a part of those where they are divided
 
   // Where the keys of a tile are divided over tasks: a task's result, for each row its maximum, its sum and head_dim
-  // outputs not yet divided by it. With `parts` > 0 the task is to merge that many, few_rows rows apart, from
+  // outputs not yet divided by it. With `parts` > 0 the task is to merge that many, partial_floats apart, from
   // `partial` on.
   float* partial = nullptr;
+  int64_t partial_floats = 0;
   int parts = 0;
 };
 

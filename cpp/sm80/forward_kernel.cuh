@@ -124,7 +124,7 @@ struct Lane {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::threads)
-    forward_kernel(__grid_constant__ ForwardParams const p, __grid_constant__ TileScheduler const scheduler,
+    forward_kernel(__grid_constant__ ForwardParams const p, __grid_constant__ TileScheduler<false> const scheduler,
                    __grid_constant__ typename Config::Score const score) {
   using Element = typename Config::Element;
   using Tile = typename Config::Tile;
@@ -379,8 +379,7 @@ void run_forward(ForwardParams const& params, Plan const& plan, cudaStream_t str
   auto const kernel = forward_kernel<Config>;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::shared_memory),
              "preparing the sm80 kernel");
-  TileScheduler const scheduler{Config::tile_q, plan.heads_per_section, params.heads_q,
-                                ceil_div(params.seqlen_q, Config::tile_q) * plan.heads_per_section};
+  TileScheduler<false> const scheduler{Config::tile_q, plan.heads_per_section, params.heads_q};
   // The score is a parameter, made on the host, so that its numbers are operands in constant memory.
   auto const score = Config::Score::make(params.scale, params.softcap);
   kernel<<<static_cast<unsigned>(plan.blocks), Config::threads, Config::shared_memory, stream>>>(params, scheduler,

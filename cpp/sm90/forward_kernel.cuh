@@ -70,7 +70,7 @@ template <class Score>
 struct Arguments {
   CUtensorMap q, k, v;
   ForwardParams p;
-  TileScheduler scheduler;
+  TileScheduler<true> scheduler;
   uint32_t tiles;  // that the scheduler numbers
   int pack;        // query heads of one key head whose rows share a tile
   int q_bytes;     // that TMA brings for a tile of queries

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few queries with many keys, as in decoding: kernels that treat such problems apart, and keys divided over tasks."""
+
+from __future__ import annotations
+
+import pytest
+from reference import Options, assert_attention
+
+import flashcore
+
+DTYPES = ["float32", "float16", "bfloat16"]
+
+# (batch, seqlen_q, heads_q, heads_k, seqlen_k, head_dim); on the CPU those of more than 8,191 keys are divided, but the
+# last, which has too many rows.
+SHAPES = [
+    (2, 1, 8, 2, 333, 128),
+    (1, 1, 4, 4, 3 * 8192 + 5, 64),
+    (1, 3, 4, 2, 10000, 96),
+    (2, 7, 1, 1, 50, 32),
+    (1, 1, 8, 1, 16384, 256),
+    (1, 1, 36, 9, 8192, 32),
+    (3, 2, 12, 4, 1, 64),
+    (1, 5, 2, 2, 3, 128),
+    (1, 1, 9, 1, 8200, 64),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_few_queries(arrays, dtype, shape, layout):
+    if dtype not in arrays.dtypes:
+        pytest.skip(f"no {dtype} here")
+    batch, seqlen_q, heads_q, heads_k, seqlen_k, head_dim = shape
+    tensors = arrays.qkv(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, dtype, seqlen_k, 3.0)
+    for options in (Options(causal=True), Options(window=(70, 3)), Options(softcap=5.0), Options(scale=-0.2)):
+        given = tensors if layout == "bshd" else [t.swapaxes(1, 2) for t in tensors]
+        out, lse = flashcore.attention(*given, return_lse=True, layout=layout, **options.keywords())
+        again = flashcore.attention(*given, layout=layout, **options.keywords())
+        assert bool((out == again).all())
+        out = out if layout == "bshd" else out.swapaxes(1, 2)
+        assert_attention(arrays, out, lse, *tensors, options, f"{shape} {options}")
+
+
+def test_same_bits_whatever_the_number_of_threads(arrays):
+    """How the keys are divided depends on the problem alone."""
+    tensors = arrays.qkv(1, 1, 20000, 8, 2, 64, arrays.half, 3)
+    threads = flashcore.get_num_threads()
+    try:
+        flashcore.set_num_threads(1)
+        expected = flashcore.attention(*tensors)
+        flashcore.set_num_threads(3)
+        assert bool((flashcore.attention(*tensors) == expected).all())
+    finally:
+        flashcore.set_num_threads(threads)
+
+
+def test_batch_invariance(arrays):
+    """Asked for, a sequence gets the same bits alone and among others; the keys are then not divided."""
+    query, key, value = arrays.qkv(70, 1, 8192, 8, 2, 32, arrays.half, 5)
+    together = flashcore.attention(query, key, value, batch_invariant=True)
+    alone = flashcore.attention(query[3:4], key[3:4], value[3:4], batch_invariant=True)
+    assert bool((together[3:4] == alone).all())
+
+
+def test_plan_divides_keys():
+    shapes = {"device": "cpu", "dtype": "bfloat16"}
+    assert flashcore.plan((1, 1, 8, 64), (1, 16384, 2, 64), (1, 16384, 2, 64), **shapes).splits == 4
+    assert flashcore.plan((1, 1, 8, 64), (1, 4096, 2, 64), (1, 4096, 2, 64), **shapes).splits == 1
+    assert flashcore.plan((1, 9, 8, 64), (1, 16384, 8, 64), (1, 16384, 8, 64), **shapes).splits == 1
+    many = (1024, 16384, 2, 64)
+    assert flashcore.plan((1024, 1, 8, 64), many, many, **shapes).splits == 1
+    one = (1, 16384, 2, 64)
+    assert flashcore.plan((1, 1, 8, 64), one, one, batch_invariant=True, **shapes).splits == 1
