@@ -29,8 +29,8 @@ struct HopperTile {
   // Queries, the ring's slots and (head dimension 64) a panel of ones, in panels of 64 columns; the barriers and what
   // aligning them takes are less than 1 KiB.
   int shared_memory() const {
-    int const panels = (head_dim + 63) / 64, ones = head_dim == 64 ? tile_k : 8;
-    return ((q_buffers * tile_q() + slots * tile_k) * panels + ones) * 128;
+    int const panels = (head_dim + 63) / 64, ones = head_dim == 64 ? tile_k : 0;
+    return ((q_buffers * tile_q() + slots * tile_k) * panels + ones) * 128 + 1024;
   }
 };
 
