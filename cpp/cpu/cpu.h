@@ -23,9 +23,10 @@ constexpr int few_rows_head_dim = 32;
 
 // Key heads that one such task takes, a tile of keys of each in turn: several where the heads of a token lie side by
 // side, so that memory is read in order. Head after head a thread read 5 GB/s of 12, each row on another page.
+constexpr int most_key_heads = 8;
 constexpr int few_key_heads(int64_t rows, int64_t head_dim, int64_t heads_k, bool side_by_side) {
   if (rows > few_rows || head_dim % few_rows_head_dim != 0 || !side_by_side) return 1;
-  return heads_k < 8 ? static_cast<int>(heads_k) : 8;
+  return heads_k < most_key_heads ? static_cast<int>(heads_k) : most_key_heads;
 }
 
 // Runs a problem that has passed validate() and returns when it is done. Work is divided into tiles of plan.tile_q

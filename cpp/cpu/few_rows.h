@@ -15,12 +15,6 @@ namespace {
 
 constexpr int group_keys = lanes / 4;  // keys of a vector of scores
 
-// An integer as a type, without the standard library's.
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
 FLASHCORE_HD Vec load_lanes(const float* p) { return load(p); }
 template <typename T>
 FLASHCORE_HD Vec load_lanes(const T* p) {
@@ -133,23 +127,19 @@ FLASHCORE_HD void few_outputs(const float* weights, const float* ratio, const T*
   for (int c = 0; c < head_dim; c += panel_width) {
     int const vectors = min_of(panel_width, head_dim - c) / lanes;
     Vec acc[4][panel_vectors] = {};
-    auto const accumulate = [&](auto width) {
-      constexpr int n = decltype(width)::value;
+    if (vectors == panel_vectors) {
       for (int k = 0; k < count; ++k) {
         const T* const row = values + k * stride + c;
-        Vec value[n];
+        Vec value[panel_vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < n; ++v) value[v] = load_lanes(row + v * lanes);
+        for (int v = 0; v < panel_vectors; ++v) value[v] = load_lanes(row + v * lanes);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
           Vec const weight = splat(weights[4 * k + r]);
 #pragma GCC unroll 4
-          for (int v = 0; v < n; ++v) acc[r][v] = weight * value[v] + acc[r][v];
+          for (int v = 0; v < panel_vectors; ++v) acc[r][v] = weight * value[v] + acc[r][v];
         }
       }
-    };
-    if (vectors == panel_vectors) {
-      accumulate(Constant<panel_vectors>{});
     } else {
       for (int v = 0; v < vectors; ++v) {
         Vec one[4] = {};

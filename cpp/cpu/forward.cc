@@ -19,22 +19,23 @@ namespace {
 // The tiles of one sequence that hold the queries [q_begin, q_begin + queries), one for each key head and each part of
 // its group.
 struct Slice {
-  int sequence;
   int q_begin, queries;
-  int heads;  // query heads of a task
-  int parts;  // tasks of a key head
   int first_key_tile, end_key_tile;
-  int64_t cost;    // tiles of keys
-  int first_part;  // tasks of a key head in the sequence's slices before
+
+  int64_t cost() const { return int64_t{end_key_tile} - first_key_tile; }
 };
 
-// The slices of a sequence, costliest first.
+// The tasks of a sequence: its slices, costliest first, for each key head or each few of them that a task takes.
 struct SequenceTasks {
+  int sequence;
+  int heads;      // query heads of a task
+  int parts;      // tasks that a slice of a key head's group takes
+  int key_heads;  // of a task
   std::vector<Slice> slices;
-  int key_heads = 1;       // of a task
   int64_t cost = 0;        // tiles of keys of a key head
-  int parts = 0;           // tasks of a key head
   int64_t first_task = 0;  // tasks of the sequences before
+
+  int64_t tasks_of_key_head() const { return static_cast<int64_t>(slices.size()) * parts; }
 };
 
 struct AlignedDelete {
@@ -62,27 +63,21 @@ Sequence sequence_of(const ForwardParams& p, int b) {
 // nothing but the sequence, since the blocks that its rows fall into decide their bits.
 SequenceTasks tasks_of(const ForwardParams& p, int b, int queries_of_tile) {
   constexpr int packed_rows = 96;
-  SequenceTasks tasks;
   Sequence const s = sequence_of(p, b);
   Mask const mask = Mask::make(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
   int const heads = clamp_to(packed_rows / max_of(s.seqlen_q, 1), 1, p.group);
-  int const parts = ceil_div(p.group, heads);
-  if (heads == p.group) {
-    bool const side_by_side = p.k.head_stride < p.k.row_stride;
-    tasks.key_heads = few_key_heads(int64_t{s.seqlen_q} * heads, p.head_dim, p.heads_k, side_by_side);
-  }
+  bool const side_by_side = p.k.head_stride < p.k.row_stride;
+  int const key_heads =
+      heads == p.group ? few_key_heads(int64_t{s.seqlen_q} * heads, p.head_dim, p.heads_k, side_by_side) : 1;
+  SequenceTasks tasks{b, heads, ceil_div(p.group, heads), key_heads, {}};
   for (int q = 0; q < s.seqlen_q; q += queries_of_tile) {
     int const queries = min_of(queries_of_tile, s.seqlen_q - q);
     KeyRange const range = mask.key_range(q, q + queries, tile_k);
-    tasks.slices.push_back({b, q, queries, heads, parts, range.begin, range.end, int64_t{range.end} - range.begin, 0});
+    tasks.slices.push_back({q, queries, range.begin, range.end});
+    tasks.cost += tasks.slices.back().cost() * tasks.parts;
   }
   std::stable_sort(tasks.slices.begin(), tasks.slices.end(),
-                   [](const Slice& a, const Slice& b) { return a.cost > b.cost; });
-  for (Slice& slice : tasks.slices) {
-    slice.first_part = tasks.parts;
-    tasks.parts += slice.parts;
-    tasks.cost += slice.cost * slice.parts;
-  }
+                   [](const Slice& a, const Slice& b) { return a.cost() > b.cost(); });
   return tasks;
 }
 
@@ -114,24 +109,22 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
                    [](const SequenceTasks& a, const SequenceTasks& b) { return a.cost > b.cost; });
   for (SequenceTasks& sequence : sequences) {
     sequence.first_task = tasks;
-    tasks += int64_t{ceil_div(params.heads_k, sequence.key_heads)} * sequence.parts;
+    tasks += ceil_div(params.heads_k, sequence.key_heads) * sequence.tasks_of_key_head();
   }
 
   auto const tile_of = [&](int64_t task) -> QueryTile {
     auto const after = std::upper_bound(sequences.begin(), sequences.end(), task,
                                         [](int64_t t, const SequenceTasks& s) { return t < s.first_task; });
     SequenceTasks const& sequence = *(after - 1);
-    int const head_k = static_cast<int>((task - sequence.first_task) / sequence.parts) * sequence.key_heads;
-    int const part = static_cast<int>((task - sequence.first_task) % sequence.parts);
-    auto const next = std::upper_bound(sequence.slices.begin(), sequence.slices.end(), part,
-                                       [](int p, const Slice& slice) { return p < slice.first_part; });
-    Slice const& slice = *(next - 1);
-    int const head_in_group = (part - slice.first_part) * slice.heads;
-    return {sequence_of(params, slice.sequence),
+    int64_t const in_sequence = task - sequence.first_task, in_head = in_sequence % sequence.tasks_of_key_head();
+    int const head_k = static_cast<int>(in_sequence / sequence.tasks_of_key_head()) * sequence.key_heads;
+    Slice const& slice = sequence.slices[static_cast<size_t>(in_head / sequence.parts)];
+    int const head_in_group = static_cast<int>(in_head % sequence.parts) * sequence.heads;
+    return {sequence_of(params, sequence.sequence),
             slice.q_begin,
             slice.queries,
             head_k * params.group + head_in_group,
-            min_of(slice.heads, params.group - head_in_group),
+            min_of(sequence.heads, params.group - head_in_group),
             head_k,
             min_of(sequence.key_heads, params.heads_k - head_k),
             slice.first_key_tile,
@@ -145,7 +138,7 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
       forward_tile(params, tile_of(task), element, scratch());
     });
   } else {
-    int64_t const partial_floats = int64_t{8} * few_rows * (params.head_dim + 2);
+    int64_t const partial_floats = int64_t{most_key_heads} * few_rows * (params.head_dim + 2);
     std::vector<float> partials(static_cast<size_t>(tasks * splits * partial_floats));
     parallel_for(tasks * splits, [&](int64_t task) {
       DefaultFloats const environment;

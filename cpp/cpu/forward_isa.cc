@@ -115,16 +115,50 @@ void output_of_block(int vectors, int height, const typename Atom::Lane* weights
   }
 }
 
-// One tile of queries. Row r of it is query q_begin + r / heads of head `head + r % heads`.
-template <typename T, typename Atom, typename Score>
-struct Forward {
-  using Lane = typename Atom::Lane;
-
+// The rows of a tile of queries: row r is query q_begin + r / heads of head `head + r % heads`, and with several key
+// heads of the same heads of the groups that follow.
+template <typename T, typename Score>
+struct TileRows {
   const ForwardParams& params;
   const QueryTile& tile;
   Mask mask;
   Score score;
-  int rows;
+  int rows;  // of a key head
+
+  TileRows(const ForwardParams& p, const QueryTile& t)
+      : params(p),
+        tile(t),
+        mask(Mask::make(t.sequence.seqlen_q, t.sequence.seqlen_k, p.window_left, p.window_right)),
+        score(Score::make(p.scale, p.softcap)),
+        rows(t.queries * t.heads) {}
+
+  int query_of(int row) const { return tile.q_begin + row / tile.heads; }
+  int head_of(int row, int key_head) const { return tile.head + key_head * params.group + row % tile.heads; }
+
+  template <typename Pointer>
+  int64_t offset_of(const Rows<Pointer>& array, int row, int key_head = 0) const {
+    return tile.sequence.batch * array.batch_stride + (tile.sequence.first_q + query_of(row)) * array.row_stride +
+           head_of(row, key_head) * array.head_stride;
+  }
+
+  // A row's output, divided by its sum, and its log-sum-exp.
+  void write_row(const float* out, const SoftmaxRow& total, int row, int key_head = 0) const {
+    narrow(out, total.inverse_sum(), params.head_dim,
+           static_cast<T*>(params.o.data) + offset_of(params.o, row, key_head));
+    if (params.lse) {
+      int64_t const head = tile.sequence.batch * params.heads_q + head_of(row, key_head);
+      params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
+    }
+  }
+};
+
+// One tile of queries.
+template <typename T, typename Atom, typename Score>
+struct Forward : TileRows<T, Score> {
+  using Lane = typename Atom::Lane;
+  using Base = TileRows<T, Score>;
+  using Base::mask, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
+
   int depth;       // lanes of the first product
   int out_stride;  // head_dim in whole vectors
   Lane* queries;   // [block][depth][block_rows]
@@ -136,26 +170,12 @@ struct Forward {
   int packed_keys = 0;  // keys of the packed tile, in whole panels
 
   Forward(const ForwardParams& p, const QueryTile& t, float* scratch)
-      : params(p),
-        tile(t),
-        mask(Mask::make(t.sequence.seqlen_q, t.sequence.seqlen_k, p.window_left, p.window_right)),
-        score(Score::make(p.scale, p.softcap)),
-        rows(t.queries * t.heads),
-        depth(ceil_div(p.head_dim, Atom::depth)),
-        out_stride(ceil_div(p.head_dim, lanes) * lanes) {
+      : Base(p, t), depth(ceil_div(p.head_dim, Atom::depth)), out_stride(ceil_div(p.head_dim, lanes) * lanes) {
     queries = reinterpret_cast<Lane*>(scratch);
     out = scratch + tile_q * max_head_dim;
     keys = reinterpret_cast<Lane*>(out + tile_q * max_head_dim);
     values = keys + tile_k * max_head_dim;
     scores = reinterpret_cast<float*>(values + tile_k * max_head_dim);
-  }
-
-  int query_of(int row) const { return tile.q_begin + row / tile.heads; }
-
-  template <typename Pointer>
-  int64_t offset_of(const Rows<Pointer>& array, int row) const {
-    return tile.sequence.batch * array.batch_stride + (tile.sequence.first_q + query_of(row)) * array.row_stride +
-           (tile.head + row % tile.heads) * array.head_stride;
   }
 
   void run() {
@@ -259,34 +279,25 @@ struct Forward {
   }
 
   void write() const {
-    T* const array = static_cast<T*>(params.o.data);
     for (int row = 0; row < rows; ++row) {
-      SoftmaxRow const total = {state[row].max, sum_across(state[row].sum)};
-      narrow(out + row * out_stride, total.inverse_sum(), params.head_dim, array + offset_of(params.o, row));
-      if (params.lse) {
-        int64_t const head = tile.sequence.batch * params.heads_q + tile.head + row % tile.heads;
-        params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
-      }
+      this->write_row(out + row * out_stride, {state[row].max, sum_across(state[row].sum)}, row);
     }
   }
 };
 
-// Tiles of few rows, numbered as Forward's, of several key heads, over the tiles of keys that the task is to take.
+// Tiles of few rows, of several key heads, over the tiles of keys that the task is to take.
 template <typename T, typename Atom, typename Score>
-struct ForwardFew {
+struct ForwardFew : TileRows<T, Score> {
   using Lane = typename Atom::Lane;
-  static constexpr int blocks = few_rows / 4, most_key_heads = 8;
+  using Base = TileRows<T, Score>;
+  using Base::mask, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
+  static constexpr int blocks = few_rows / 4;
   // Keys of which all heads are copied before they are used: read in the order in which memory lies, the processor
   // fetches ahead; used where they lie, 2 KiB apart, each waited for (5 GB/s a thread instead of 10).
   static constexpr int copied_keys = 32;
   static_assert(few_rows_head_dim % Dot<Atom, T>::step == 0);
-  static_assert(few_key_heads(few_rows, few_rows_head_dim, 1 << 20, true) <= most_key_heads);
 
-  const ForwardParams& params;
-  const QueryTile& tile;
-  Mask mask;
-  Score score;
-  int rows, depth;
+  int depth;
   Lane* queries;  // [key head][row][depth]
   float* out;     // [key head][row][head_dim]
   float* scores;  // [tile_k][4], then the weights
@@ -295,11 +306,7 @@ struct ForwardFew {
   FewRows state[most_key_heads][blocks];
 
   ForwardFew(const ForwardParams& p, const QueryTile& t, float* scratch)
-      : params(p),
-        tile(t),
-        mask(Mask::make(t.sequence.seqlen_q, t.sequence.seqlen_k, p.window_left, p.window_right)),
-        score(Score::make(p.scale, p.softcap)),
-        rows(t.queries * t.heads),
+      : Base(p, t),
         depth(p.head_dim / Atom::depth),
         queries(reinterpret_cast<Lane*>(scratch)),
         out(scratch + most_key_heads * few_rows * max_head_dim),
@@ -313,16 +320,8 @@ struct ForwardFew {
     return t.queries * t.heads <= few_rows && p.head_dim % few_rows_head_dim == 0;
   }
 
-  int query_of(int row) const { return tile.q_begin + row / tile.heads; }
-  int head_of(int key_head, int row) const { return tile.head + key_head * params.group + row % tile.heads; }
   Lane* queries_of(int key_head, int row) const { return queries + (key_head * few_rows + row) * depth; }
   float* out_of(int key_head, int row) const { return out + (key_head * few_rows + row) * params.head_dim; }
-
-  template <typename Pointer>
-  int64_t offset_of(const Rows<Pointer>& array, int key_head, int row) const {
-    return tile.sequence.batch * array.batch_stride + (tile.sequence.first_q + query_of(row)) * array.row_stride +
-           head_of(key_head, row) * array.head_stride;
-  }
 
   const T* start_of(const Rows<const void*>& array, int key_head, int key) const {
     return static_cast<const T*>(array.data) + tile.sequence.batch * array.batch_stride +
@@ -335,7 +334,7 @@ struct ForwardFew {
       for (int row = 0; row < few_rows; ++row) {
         const Lane* from = room;
         if (row < rows) {
-          from = Row<Atom>::lanes_of(static_cast<const T*>(params.q.data) + offset_of(params.q, h, row),
+          from = Row<Atom>::lanes_of(static_cast<const T*>(params.q.data) + offset_of(params.q, row, h),
                                      params.head_dim, room);
         }
         for (int d = 0; d < depth; ++d) queries_of(h, row)[d] = row < rows ? from[d] : Lane{};
@@ -437,18 +436,9 @@ struct ForwardFew {
     return {lane(rows_state.max, row % 4), lane(sums, row % 4)};
   }
 
-  void write_row(int key_head, int row, const SoftmaxRow& total) const {
-    narrow(out_of(key_head, row), total.inverse_sum(), params.head_dim,
-           static_cast<T*>(params.o.data) + offset_of(params.o, key_head, row));
-    if (params.lse) {
-      int64_t const head = tile.sequence.batch * params.heads_q + head_of(key_head, row);
-      params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
-    }
-  }
-
   void write() const {
     for (int h = 0; h < tile.key_heads; ++h) {
-      for (int row = 0; row < rows; ++row) write_row(h, row, total_of(h, row));
+      for (int row = 0; row < rows; ++row) this->write_row(out_of(h, row), total_of(h, row), row, h);
     }
   }
 
@@ -487,7 +477,7 @@ struct ForwardFew {
           total.sum += weight * part[1];
           for (int d = 0; d < params.head_dim; ++d) to[d] += weight * part[2 + d];
         }
-        write_row(h, row, total);
+        this->write_row(to, total, row, h);
       }
     }
   }

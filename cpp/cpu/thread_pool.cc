@@ -91,7 +91,7 @@ class Pool {
     wake_.notify_all();
     work();
     // Threads that outnumber the processors must not keep each other from them.
-    if (threads <= processors()) spin([&] { return busy_.load(std::memory_order_acquire) == 0; });
+    if (threads <= processors()) spin([&] { return working_ == 0; });
     std::exception_ptr error;
     {
       std::unique_lock lock(mutex_);
@@ -120,11 +120,9 @@ class Pool {
       wake_.wait(lock, [&] { return wanted_ > 0; });
       --wanted_;
       ++working_;
-      busy_.fetch_add(1, std::memory_order_relaxed);
       uint32_t const loop = loops_.load(std::memory_order_relaxed);
       lock.unlock();
       work();
-      busy_.fetch_sub(1, std::memory_order_release);
       lock.lock();
       if (--working_ == 0) done_.notify_one();
       if (workers_ < processors()) {
@@ -154,16 +152,15 @@ class Pool {
   std::mutex turn_;   // held by the caller whose loop runs
   std::mutex mutex_;  // guards what follows; the loop's description changes only while no worker works
   std::condition_variable wake_, done_;
-  int workers_ = 0;  // threads started
-  int wanted_ = 0;   // of them, to join the loop still
-  int working_ = 0;  // in the loop now, the caller not counted
+  int workers_ = 0;              // threads started
+  int wanted_ = 0;               // of them, to join the loop still
+  std::atomic<int> working_{0};  // in the loop now, the caller not counted; changed under the mutex, read by who spins
   std::exception_ptr error_;
   void (*body_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
   std::atomic<uint32_t> loops_{0};  // counts them, for workers that spin
-  std::atomic<int> busy_{0};        // as working_, for the caller that spins
 };
 
 std::atomic<Pool*> current_pool{nullptr};
