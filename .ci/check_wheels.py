@@ -12,7 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-LICENCES = {"LICENSE", "CUDA.txt", "CUTLASS.txt", "DLPack.txt", "nanobind.txt", "robin_map.txt"}
+LICENCES = {"LICENSE", "CUDA.txt", "CUTLASS.txt", "DLPack.txt", "XLA.txt", "nanobind.txt", "robin_map.txt"}
 
 
 def problems(wheel: Path):

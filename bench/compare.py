@@ -6,9 +6,9 @@
     python bench/compare.py --suite grid --peers flash cudnn fa3 --cells 0:60            # one half,
     python bench/compare.py --suite grid --peers flash cudnn fa3 --cells 60: --append    # and the other into its file
 
-Peers are PyTorch SDPA's backends (`flash`, `cudnn`, `efficient`; `sdpa` on the CPU) and FlashAttention-3 (`fa3`, from
-the PyPI package fa3-fwd), where they are installed and can run the cell. For windows and varlen `flash` is
-torch.nn.attention.varlen, PyTorch's other way to the same kernels.
+Peers are PyTorch SDPA's backends (`flash`, `cudnn`, `efficient`; `sdpa` on the CPU), FlashAttention-3 (`fa3`, from the
+PyPI package fa3-fwd) and JAX's way to cuDNN (`jax`), where they are installed and can run the cell. For windows, varlen and
+causal decoding `flash` is torch.nn.attention.varlen, PyTorch's other way to the same kernels.
 
 Correctness: on sampled rows against float64, FlashCore's largest error is at most twice the yardstick's plus 1e-5 and
 its relative Frobenius error at most 1.25 times the yardstick's plus 1e-6 (`flash`, or the best peer that ran); the
@@ -16,9 +16,10 @@ whole output is held against the yardstick's too, and after timing it must still
 
 Timing, CUDA: a graph of many calls that walks through sets of random inputs and outputs of --rotate GiB in all,
 replayed for about --milliseconds a round, providers in turn, --rounds rounds, medians. CPU: calls in turn, medians.
-TFLOP/s count 4·B·H·Sq·Sk·D, half of it when causal, window + 1 keys a query where there is a window; TB/s count q, k,
-v and o once. A ratio is a peer's time over FlashCore's. The ceiling, `matmul_tflops`, is a bfloat16 matmul of 8192³ in
-the same process, timed the same way.
+TFLOP/s count 4·B·H·Sq·Sk·D, half of it when causal, window + 1 keys a query where there is a window; TB/s count q, k, v
+and o once. JAX cannot be captured in PyTorch's graph: its calls are one compiled program, timed by the clock, with its
+start counted in. A ratio is a peer's time over FlashCore's. The ceiling, `matmul_tflops`, is a bfloat16 matmul of 8192³
+in the same process, timed the same way.
 
 Writes bench/results/NAME.json, after every cell, so that a run cut short can be continued with --cells and --append;
 bench/report.py makes README's tables and plots from it. Exit status: 0, or 1 when a cell of FlashCore in the file is
@@ -33,6 +34,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 import platform
 import statistics
@@ -41,6 +43,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -69,9 +72,25 @@ def cu_seqlens(cell: Cell, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return counts[:, 0].contiguous().to(device), counts[:, 1].contiguous().to(device)
 
 
+@functools.lru_cache(maxsize=4)
+def cache_of(cell: Cell, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The lengths of a decoding cell's sequences, and its page table. Each sequence's pages stand in random order but
+    for the last one: its keys are the peers', in another order, which changes nothing where all are seen."""
+    generator = torch.Generator().manual_seed(3)
+    rows, first = [], 0
+    for _, keys in cell.sequences if cell.page_size else ():
+        pages = keys // cell.page_size
+        order = torch.randperm(pages - 1, generator=generator)
+        rows.append(first + torch.cat([order, torch.tensor([pages - 1])]))
+        first += pages
+    table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).int().to(device) if rows else None
+    return torch.tensor([keys for _, keys in cell.sequences], dtype=torch.int32).to(device), table
+
+
 def sdpa_provider(backend: SDPBackend | None) -> Callable[..., torch.Tensor]:
     def call(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if cell.lengths or cell.window is not None:
+        top_left = cell.causal and cell.seqlen != cell.keys  # SDPA's causal mask is not the one that is meant
+        if cell.lengths or cell.window is not None or top_left:
             if backend is SDPBackend.FLASH_ATTENTION:
                 return torch_varlen(cell, q, k, v)
             raise NotImplementedError("SDPA has no windows and no variable lengths")
@@ -110,10 +129,49 @@ def fa3(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torc
     return (result[0] if isinstance(result, tuple) else result).view(q.shape)
 
 
+class Jax:
+    """jax.nn.dot_product_attention by one of its implementations, "cudnn" or "xla" (which is for tests), on the arrays
+    where they lie. Its own timer runs many calls as one compiled program."""
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+
+    def attend(self, cell: Cell, q: Any, k: Any, v: Any) -> Any:
+        import jax
+
+        return jax.nn.dot_product_attention(q, k, v, is_causal=cell.causal, implementation=self.implementation)
+
+    def arrays(self, *arrays: torch.Tensor) -> list[Any]:
+        # Or JAX takes most of the GPU's memory at once, which is full of others' arrays.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        import jax
+
+        return [jax.dlpack.from_dlpack(x) for x in arrays]
+
+    def __call__(
+        self, cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        if cell.lengths or cell.window is not None or (cell.causal and cell.seqlen != cell.keys):
+            raise NotImplementedError("measured without windows, variable lengths and JAX's top-left causal mask")
+        if q.device.type == "cuda":
+            torch.cuda.synchronize()
+        return torch.from_dlpack(self.attend(cell, *self.arrays(q, k, v)).block_until_ready())
+
+    def timer(self, cell: Cell, arrays: list[tuple[torch.Tensor, ...]], milliseconds: float) -> JaxTimer:
+        return JaxTimer(functools.partial(self.attend, cell), [self.arrays(*own[:3]) for own in arrays], milliseconds)
+
+
 def flashcore_provider(backend: str | None) -> Callable[..., torch.Tensor]:
     def call(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         window = None if cell.window is None else (cell.window, 0)
         options = {"causal": cell.causal, "window": window, "backend": backend}
+        if cell.decodes:
+            lengths, table = cache_of(cell, q.device.type)
+            k, v = (x.view(-1, cell.page_size, *x.shape[2:]) if cell.page_size else x for x in (k, v))
+            q, given = (x.view(cell.batch, cell.seqlen, *x.shape[2:]) for x in (q, out))
+            options.update(page_table=table, batch_invariant=cell.batch_invariant)
+            flashcore.attention_kvcache(q, k, v, lengths, out=given, **options)
+            return out
         if not cell.lengths:
             return flashcore.attention(q, k, v, out=out, **options)
         options.update(max_seqlen_q=cell.seqlen, max_seqlen_k=cell.keys)
@@ -131,6 +189,7 @@ def peers_of(device: str) -> dict[str, Callable[..., torch.Tensor]]:
         "cudnn": sdpa_provider(SDPBackend.CUDNN_ATTENTION),
         "efficient": sdpa_provider(SDPBackend.EFFICIENT_ATTENTION),
         "fa3": fa3,
+        "jax": Jax("cudnn"),
     }
 
 
@@ -244,6 +303,28 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
+class JaxTimer:
+    """A compiled program of calls that walks through all sets of arrays, at most 64 of them."""
+
+    def __init__(self, attend: Callable[..., Any], sets: list[list[Any]], milliseconds: float) -> None:
+        import jax
+
+        self.sets = sets[:64]
+        self.program = jax.jit(lambda sets: [attend(*arrays) for arrays in sets])
+        self.repeats = 1
+        self.microseconds()  # compiles
+        self.repeats = max(1, round(milliseconds * 1e3 / (self.microseconds() * len(self.sets))))
+
+    def microseconds(self) -> float:
+        """Of one call, over one round."""
+        begin = time.perf_counter()
+        for _ in range(self.repeats):
+            outputs = self.program(self.sets)
+        for output in outputs:
+            output.block_until_ready()
+        return (time.perf_counter() - begin) * 1e6 / (self.repeats * len(self.sets))
+
+
 class CpuTimer:
     def __init__(self, call: Callable[[int], torch.Tensor], sets: int, milliseconds: float) -> None:
         self.call, self.sets = call, sets
@@ -308,7 +389,8 @@ def run_cell(cell: Cell, device: str, ours: Callable[..., torch.Tensor], peers: 
     timers = {}
     for name, call in list(calls.items()):
         try:
-            timers[name] = timer(call, sets, options.milliseconds)
+            own = getattr(peers.get(name), "timer", None)
+            timers[name] = own(cell, arrays, options.milliseconds) if own else timer(call, sets, options.milliseconds)
         except Exception as error:
             providers[name]["absent"] = f"{type(error).__name__}: {error}"
             if name == OURS:
@@ -408,12 +490,11 @@ def surroundings(device: str, commit: str) -> dict[str, Any]:
     facts["multiprocessors"] = torch.cuda.get_device_properties(0).multi_processor_count
     cudnn = torch.backends.cudnn.version()
     facts["versions"].update(cuda=torch.version.cuda, cudnn=cudnn)
-    try:
-        from importlib.metadata import version
-
-        facts["versions"]["fa3-fwd"] = version("fa3-fwd")
-    except ModuleNotFoundError:
-        pass
+    for name in ("fa3-fwd", "jax"):
+        try:
+            facts["versions"][name] = version(name)
+        except ModuleNotFoundError:
+            pass
     return facts
 
 

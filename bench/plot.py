@@ -21,6 +21,7 @@ LOOKS = {
     "cudnn": ("#1a7f37", "#56d364", "triangle"),
     "efficient": ("#6e7781", "#8b949e", "cross"),
     "fa3": ("#bf3989", "#f778ba", "diamond"),
+    "jax": ("#8250df", "#d2a8ff", "cross"),
 }
 OTHER = ("#6e7781", "#8b949e", "cross")
 MARKERS = {

@@ -4,8 +4,9 @@
     python bench/report.py            # rewrites bench/results/*.svg and README.md between the two markers
     python bench/report.py --check    # exit status 1 when README or a plot does not agree with the result files
 
-A result file comes from bench/compare.py. Of each suite on each device the report of the first of BACKENDS is told in
-full; the others get a line below it. Needs only the standard library.
+A result file comes from bench/compare.py, or from `flashcore_bench ladder` (bench/ladder.py makes its section, and the
+tables of cpp/ladder/README.md between the same markers). Of each suite on each device the report of the first of
+BACKENDS is told in full; the others get a line below it. Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 from typing import Any
 
+import ladder
 import plot
 from suites import TITLES, rate_of
 
@@ -34,6 +36,8 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
     reports = []
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
+        if report.get("kind") == "ladder":
+            continue
         if report.get("kind") != "compare" or report.get("suite") not in TITLES or report["backend"] not in BACKENDS:
             raise ValueError(f"{path}: not a report of bench/compare.py on a suite and a backend that are known here")
         reports.append({**report, "file": path.name})
@@ -166,13 +170,13 @@ def _rate(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def rewritten(readme: str, reports: list[dict[str, Any]]) -> str:
-    """`readme` with the reports between the markers. Raises ValueError unless the markers are there once, in order."""
+def rewritten(readme: str, sections: list[str]) -> str:
+    """`readme` with these between the markers. Raises ValueError unless the markers are there once, in order."""
     head, begin, rest = readme.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in tail:
         raise ValueError(f"README: expected the line '{BEGIN}' and, below it, the line '{END}', once each")
-    body = "".join(f"\n{section(main, others)}\n" for main, *others in grouped(reports))
+    body = "".join(f"\n{text}\n" for text in sections)
     return f"{head}{BEGIN}\n{body}{chr(10) if body else ''}{END}{tail}"
 
 
@@ -183,10 +187,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results")
     options = parser.parse_args(argv)
     try:
-        reports = load(options.results)
-        new = {options.readme: rewritten(options.readme.read_text(encoding="utf-8"), reports)}
-        new.update({options.results / name: text for name, text in plots(reports).items()})
-        old = {p: p.read_text(encoding="utf-8") for p in (options.readme, *sorted(options.results.glob("*.svg")))}
+        reports, ladders = load(options.results), ladder.load(options.results)
+        texts = [section(main, others) for main, *others in grouped(reports)]
+        texts += [ladder.section(group) for group in ladders]
+        readmes = {options.readme: texts}
+        ladder_readme = options.readme.parent / "cpp" / "ladder" / "README.md"
+        if ladder_readme.exists():
+            readmes[ladder_readme] = [ladder.tables(group) for group in ladders]
+        new = {path: rewritten(path.read_text(encoding="utf-8"), texts) for path, texts in readmes.items()}
+        drawn = {**plots(reports), **ladder.plots(ladders)}
+        new.update({options.results / name: text for name, text in drawn.items()})
+        old = {p: p.read_text(encoding="utf-8") for p in (*readmes, *sorted(options.results.glob("*.svg")))}
     except (OSError, ValueError, KeyError) as error:
         print(f"report.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -17,7 +18,7 @@ TITLES = {
     "varlen": "Variable lengths, causal, 64 sequences of 64 to 4,096 tokens",
     "window": "Sliding window of 1,024 keys",
     "gqa": "Grouped-query attention, 32 query heads and 8 key heads, causal",
-    "decode": "Decode: one query a sequence, 32 query heads and 8 key heads",
+    "decode": "Decode over a cache: 32 query heads and 8 key heads",
     "cpu": "CPU",
 }
 
@@ -48,6 +49,14 @@ class Cell:
     seqlen_k: int = 0  # 0: seqlen
     window: int | None = None  # keys before its own that a query sees; with causal
     lengths: tuple[int, ...] = ()  # of each sequence, its queries and its keys; `batch` is their number
+    # Decoding: `seqlen` queries a sequence over a cache in pages of so many tokens, 0 for one that is contiguous. Then
+    # `lengths` are of the keys alone, whole pages each, and `seqlen_k` is the longest.
+    page_size: int | None = None
+    batch_invariant: bool = False
+
+    @property
+    def decodes(self) -> bool:
+        return self.page_size is not None
 
     @property
     def keys(self) -> int:
@@ -60,11 +69,12 @@ class Cell:
     @property
     def sequences(self) -> list[tuple[int, int]]:
         """Queries and keys of each sequence, in the order in which they lie in memory."""
-        return [(n, n) for n in self.lengths] or [(self.seqlen, self.keys)] * self.batch
+        lengths = [(self.seqlen if self.decodes else n, n) for n in self.lengths]
+        return lengths or [(self.seqlen, self.keys)] * self.batch
 
     @property
     def shape_q(self) -> tuple[int, ...]:
-        packed = (1, sum(self.lengths)) if self.lengths else (self.batch, self.seqlen)
+        packed = (1, sum(queries for queries, _ in self.sequences)) if self.lengths else (self.batch, self.seqlen)
         return (*packed, self.heads, self.head_dim)
 
     @property
@@ -78,7 +88,8 @@ class Cell:
         if self.window is not None:
             seen = sum(queries * (self.window + 1.0) for queries, _ in self.sequences)
         else:
-            seen = sum(float(queries) * keys for queries, keys in self.sequences) / (2 if self.causal else 1)
+            whole = not self.causal or self.decodes  # what few queries do not see of a cache is not worth counting
+            seen = sum(float(queries) * keys for queries, keys in self.sequences) / (1 if whole else 2)
         return 4.0 * self.heads * self.head_dim * seen
 
     @property
@@ -92,11 +103,15 @@ class Cell:
         seqlen = f"{self.seqlen}/{self.seqlen_k}" if self.seqlen_k else f"{self.seqlen}"
         if self.lengths:
             seqlen = f"{min(self.lengths)} to {max(self.lengths)}"
+            if self.decodes:
+                seqlen = f"{self.seqlen}/{seqlen}"
         short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[self.dtype]
         mask = " causal" if self.causal else ""
         if self.window is not None:
             mask = f" window ({self.window}, 0)"
-        return f"{self.batch}, {heads}, {seqlen}, {self.head_dim} {short}{mask}"
+        pages = f" page {self.page_size}" if self.page_size else ""
+        invariant = " batch-invariant" if self.batch_invariant else ""
+        return f"{self.batch}, {heads}, {seqlen}, {self.head_dim} {short}{mask}{pages}{invariant}"
 
 
 def varlen_lengths() -> tuple[int, ...]:
@@ -104,6 +119,26 @@ def varlen_lengths() -> tuple[int, ...]:
 
     generator = torch.Generator().manual_seed(7)  # draws what torch.manual_seed(7) makes torch.randint draw
     return tuple(torch.randint(64, 4097, (64,), generator=generator).tolist())
+
+
+def mixed_lengths() -> tuple[int, ...]:
+    """Keys of 64 sequences in decoding, as many of each order of magnitude: 128 to 32,768, in pages of 64."""
+    generator = random.Random(7)
+    return tuple(64 * round(2 ** generator.uniform(1, 9)) for _ in range(64))
+
+
+def decode_cells() -> list[Cell]:
+    def cell(batch: int, keys: int, tokens: int = 1, page_size: int = 0, **more) -> Cell:
+        return Cell(batch, 32, tokens, 128, tokens > 1, heads_k=8, seqlen_k=keys, page_size=page_size, **more)
+
+    mixed = mixed_lengths()
+    return [
+        *(cell(b, s) for b, s in ((1, 4096), (1, 32768), (1, 131072), (8, 8192), (32, 4096), (64, 8192))),
+        *(cell(b, s, page_size=size) for b, s in ((1, 32768), (8, 8192), (32, 4096)) for size in (64, 16)),
+        *(cell(b, s, tokens) for b, s in ((1, 32768), (8, 8192)) for tokens in (4, 8)),
+        cell(len(mixed), max(mixed), page_size=64, lengths=mixed),
+        *(cell(b, s, batch_invariant=True) for b, s in ((1, 32768), (8, 8192), (64, 8192))),
+    ]
 
 
 def suites() -> dict[str, list[Cell]]:
@@ -120,7 +155,6 @@ def suites() -> dict[str, list[Cell]]:
 
     lengths = varlen_lengths()
     small = [(8, 128), (16, 128), (32, 128), (8, 256), (16, 256), (32, 256), (8, 512), (16, 512), (32, 512)]
-    decode = [(1, 4096), (1, 32768), (1, 131072), (8, 8192), (32, 4096), (64, 8192)]
     seed = [
         Cell(1, 8, 512, 64),
         Cell(1, 8, 512, 64, dtype="float16"),
@@ -144,7 +178,7 @@ def suites() -> dict[str, list[Cell]]:
         # The last one has as many queries with 1,024 keys each, none masked.
         "window": [Cell(1, 16, 16384, 128, True, window=1023), Cell(16, 16, 1024, 128)],
         "gqa": [Cell(b, 32, s, 128, True, heads_k=8) for b, s in ((1, 1024), (1, 4096), (2, 8192))],
-        "decode": [Cell(b, 32, 1, 128, heads_k=8, seqlen_k=s) for b, s in decode],
+        "decode": decode_cells(),
         "cpu": [
             *(Cell(1, 8, 512, 64, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")),
             Cell(1, 8, 512, 64, True, "float32"),

@@ -20,7 +20,7 @@ endforeach()
 list(APPEND settings -DPython_INCLUDE_DIR=${Python_INCLUDE_DIR} -DPython_ROOT_DIR=${Python_ROOT_DIR})
 
 # The environment's choices win over what an earlier install left in the cache.
-foreach(name FLASHCORE_CUDA FLASHCORE_CUDA_ARCHS)
+foreach(name FLASHCORE_CUDA FLASHCORE_CUDA_ARCHS FLASHCORE_JAX)
   if(NOT DEFINED ${name})
     list(APPEND settings -U ${name})
   endif()

@@ -195,7 +195,7 @@ def backends(device: str) -> tuple[str, ...]:
     if device == "cpu":
         return ("cpu",)
     hopper = torch.cuda.get_device_capability() == (9, 0) and "sm_90a" in flashcore.info()["cuda"]["archs"]
-    return ("sm80", "sm90") if hopper else ("sm80",)
+    return ("sm90", "sm80") if hopper else ("sm80",)
 
 
 def on(device: str) -> Arrays:

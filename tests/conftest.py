@@ -5,6 +5,10 @@ present."""
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
 
 import pytest
 from arrays import Arrays, devices, on, torch
@@ -42,3 +46,26 @@ def _no_settings_from_outside(monkeypatch):
     """FLASHCORE_CHECK in the environment would hide what happens without it."""
     if "FLASHCORE_CHECK" in os.environ:
         monkeypatch.delenv("FLASHCORE_CHECK")
+
+
+@pytest.fixture(scope="session")
+def cpu_build(tmp_path_factory) -> Path:
+    """The folder of a build without CUDA and without Python: the static library and flashcore_bench. It is made once,
+    for all tests that need it."""
+    programs = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+    root = Path(__file__).parents[1]
+    cmake, ninja = shutil.which("cmake", path=programs), shutil.which("ninja", path=programs)
+    if cmake is None or not (root / "CMakeLists.txt").exists():
+        pytest.skip("no CMake here, or not the sources")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
+        pytest.skip("no C++ compiler here")
+    build = tmp_path_factory.mktemp("cpu_build")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    for command in (
+        [cmake, "-S", root, "-B", build, "-DFLASHCORE_CUDA=OFF", "-DFLASHCORE_BENCH=ON", *generator],
+        [cmake, "--build", build, "--parallel", "2"],
+    ):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return build

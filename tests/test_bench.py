@@ -21,12 +21,13 @@ def bench(monkeypatch):
     """The modules of bench/, which are scripts and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import compare
+    import ladder
     import plot
     import report
     import suites
 
-    yield SimpleNamespace(compare=compare, plot=plot, report=report, suites=suites)
-    for name in ("compare", "plot", "report", "suites"):
+    yield SimpleNamespace(compare=compare, ladder=ladder, plot=plot, report=report, suites=suites)
+    for name in ("compare", "ladder", "plot", "report", "suites"):
         sys.modules.pop(name, None)
 
 
@@ -95,13 +96,14 @@ def by_sequence(cell, q, k, v, out):
         own_q, own_k = slice(rows_q, rows_q + queries), slice(rows_k, rows_k + keys)
         key, value = (x[own_k].repeat_interleave(cell.heads // cell.kv_heads, 1) for x in (k, v))
         score = torch.einsum("qhd,khd->hqk", q[own_q], key) / math.sqrt(cell.head_dim)
-        distance = torch.arange(queries)[:, None] + (keys - queries) - torch.arange(keys)
+        i, j = torch.arange(queries, device=q.device)[:, None], torch.arange(keys, device=q.device)
+        distance = i + (keys - queries) - j
         hidden = torch.zeros_like(distance, dtype=torch.bool)
         if cell.causal:
             hidden |= distance < 0
         if cell.window is not None:
             hidden |= distance > cell.window
-        weight = score.masked_fill(hidden.to(q.device), -math.inf).softmax(-1)
+        weight = score.masked_fill(hidden, -math.inf).softmax(-1)
         packed[own_q] = torch.einsum("hqk,khd->qhd", weight, value).to(out.dtype)
         rows_q, rows_k = rows_q + queries, rows_k + keys
     return result
@@ -115,7 +117,16 @@ def window_cell(bench):
     return bench.suites.Cell(2, 4, 150, 64, True, "float16", window=20)
 
 
-@pytest.mark.parametrize("cell_of", [varlen_cell, window_cell])
+def decode_cell(bench):
+    return bench.suites.Cell(3, 4, 1, 64, dtype="float16", heads_k=2, seqlen_k=192, page_size=64)
+
+
+def mixed_decode_cell(bench):
+    lengths = (64, 16, 160)
+    return bench.suites.Cell(3, 4, 2, 64, True, "float16", heads_k=2, seqlen_k=160, lengths=lengths, page_size=16)
+
+
+@pytest.mark.parametrize("cell_of", [varlen_cell, window_cell, decode_cell, mixed_decode_cell])
 def test_variable_lengths_and_windows_are_checked_and_timed(bench, device, cell_of):
     result = run(bench, cell_of(bench), device, peers={"by sequence": by_sequence})
     assert result["problem"] == "" and result["ratios"]["by sequence"] > 0
@@ -123,7 +134,14 @@ def test_variable_lengths_and_windows_are_checked_and_timed(bench, device, cell_
 
 @pytest.mark.parametrize(
     "cell_of, wrong",
-    [(varlen_cell, {"lengths": (34, 69, 1)}), (window_cell, {"window": 19}), (window_cell, {"window": None})],
+    [
+        (varlen_cell, {"lengths": (34, 69, 1)}),
+        (window_cell, {"window": 19}),
+        (window_cell, {"window": None}),
+        (decode_cell, {"page_size": 16, "seqlen_k": 128}),
+        (mixed_decode_cell, {"lengths": (48, 32, 160)}),
+        (mixed_decode_cell, {"causal": False}),
+    ],
 )
 def test_a_wrong_boundary_is_found(bench, device, cell_of, wrong):
     cell = cell_of(bench)
@@ -131,6 +149,16 @@ def test_a_wrong_boundary_is_found(bench, device, cell_of, wrong):
     right = bench.compare.flashcore_provider(None)
     ours = lambda cell, *arrays: right(spoiled, *arrays)  # noqa: E731
     assert "error" in run(bench, cell, device, ours, {"by sequence": by_sequence})["problem"]
+
+
+def test_jax_is_checked_and_timed(bench):
+    pytest.importorskip("jax")
+    peers = {"jax": bench.compare.Jax("xla")}
+    cell = bench.suites.Cell(2, 4, 48, 64, True, "float32", heads_k=2)
+    result = run(bench, cell, "cpu", peers=peers)
+    assert result["problem"] == "" and result["ratios"]["jax"] > 0
+    for left_out in (window_cell(bench), varlen_cell(bench), bench.suites.Cell(1, 2, 4, 64, True, seqlen_k=9)):
+        assert "measured without" in run(bench, left_out, "cpu", peers=peers)["providers"]["jax"]["absent"]
 
 
 def test_sdpa_says_that_it_has_no_windows(bench, device):
@@ -178,6 +206,12 @@ def test_the_other_suites_have_the_cells_of_the_tables(bench):
     first = suites["varlen"][0]
     assert first.shape_q == first.shape_k == (1, 115725, 16, 128) and suites["varlen"][1].shape_k == (1, 115725, 8, 128)
     assert first.flops / 2295e-6 == pytest.approx(531e12, rel=1e-3)  # as the peer was measured
+    decode = suites["decode"]
+    assert len(decode) == len({c.label for c in decode}) == 20
+    assert decode[0].bytes == 2 * (4096 * 8 + 32) * 128 * 2 and decode[0].decodes
+    mixed = next(c for c in decode if c.lengths)
+    assert len(mixed.lengths) == 64 and all(n % 64 == 0 and 128 <= n <= 32768 for n in mixed.lengths)
+    assert mixed.shape_q == (1, 64, 32, 128) and mixed.shape_k == (1, sum(mixed.lengths), 8, 128)
     window, unmasked = suites["window"]
     assert window.flops == unmasked.flops == 4 * 16 * 16384 * 1024 * 128
     assert window.bytes == unmasked.bytes
@@ -363,6 +397,51 @@ def test_from_a_result_file_to_readme(bench, monkeypatch, tmp_path, capsys):
     (tmp_path / "first.json").unlink()
     assert bench.report.main(places) == 0
     assert readme.read_text() == f"above\n{bench.report.BEGIN}\n{bench.report.END}\nbelow\n"
+
+
+def made_up_ladder(label, seqlen):
+    """A report of `flashcore_bench ladder` with figures that say nothing."""
+    rungs = [
+        {"name": "baseline", "note": "first", "problem": "", "max_error": 1e-4, "microseconds": 1000.0, "speedup": 1.0},
+        {"name": "vectorized", "note": "", "refused": "takes up to 9 keys"},
+        {"name": "sm80", "note": "", "problem": "largest error", "max_error": None, "relative_error": None},
+        {"name": "flashcore", "note": "", "problem": "", "max_error": 1e-4, "microseconds": 4.0, "speedup": 250.0},
+    ]
+    rungs[3].update(tflops=123.4, share_of_peak=0.125)
+    problem = {"label": label, "batch": 1, "heads": 8, "seqlen": seqlen, "head_dim": 64}
+    facts = {"date": "2026-01-01", "commit": "0" * 40, "device": "a GPU", "versions": {"flashcore": "0"}, "driver": "1"}
+    reference = {"rows": 64, "allowed_error": 2e-3, "allowed_relative_error": 1e-3}
+    peak = {"tflops": 900.0}
+    return {"kind": "ladder", **facts, "problem": problem, "reference": reference, "peak": peak, "rungs": rungs}
+
+
+def test_the_ladder_in_both_readmes(bench, tmp_path):
+    from xml.etree import ElementTree
+
+    own = tmp_path / "cpp" / "ladder" / "README.md"
+    own.parent.mkdir(parents=True)
+    empty = f"above\n{bench.report.BEGIN}\n{bench.report.END}\nbelow\n"
+    own.write_text(empty)
+    _, check = written(bench, tmp_path)
+    assert own.read_text() == empty  # nothing without results
+    for name, seqlen in (("ladder-long", 1024), ("ladder-short", 512)):
+        report = made_up_ladder(f"1, 8, {seqlen}, 64 fp16", seqlen)
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    assert check() == 1
+    readme, check = written(bench, tmp_path)
+    assert readme.count("### The ladder") == 1 and "](bench/results/ladder-short.svg)" in readme  # the shortest first
+    assert "| B, H, S, D | 1, 8, 512, 64 fp16 | 1, 8, 1024, 64 fp16 |" in readme
+    assert "| `flashcore` | 4.0 (250.0) | 4.0 (250.0) |" in readme and "| `vectorized` | not run | not run |" in readme
+    assert "| `sm80` | wrong | wrong |" in readme
+    text = own.read_text()
+    assert text.startswith("above\n") and text.count("### 1, 8,") == 2 and "takes up to 9 keys" in text
+    assert "| `flashcore` | 4.0 | 250.0 | 123 | 12.5% | 1.0e-04 | pass |" in text and "wrong: largest error" in text
+
+    drawn = ElementTree.fromstring((tmp_path / "ladder-short.svg").read_text())
+    lines = [e for e in drawn.iter() if e.get("class") == "line"]
+    assert len(lines) == 2 and all(line.get("d").count("L") == 1 for line in lines)
+    own.write_text(text.replace("250.0", "251.0"))
+    assert check() == 1
 
 
 def test_readme_without_markers_is_refused(bench, tmp_path, capsys):

@@ -39,6 +39,9 @@ def test_every_instance_of_this_gpu(device):
         for dtype in ("float16", "bfloat16"):
             for head_dim in INSTANCES[backend]:
                 assert any(line.startswith(f"{backend}_forward {dtype} head_dim {head_dim} ") for line in ran)
+            if backend == "sm80":  # one slice of rows, and two where the kernel has them
+                tiles = {(d, rows) for d in (64, 96, 128, 192, 256) for rows in ((16, 32) if d <= 128 else (16,))}
+                assert all(f"sm80_decode {dtype} head_dim {d} tile {rows} x 64" in ran for d, rows in tiles)
             if backend == "sm90":  # packed heads, and each of head dimension 64's tiles
                 assert all(any(dtype in line and f"packed {n}" in line for line in ran) for n in (3, 4))
                 assert {192, 128} <= {

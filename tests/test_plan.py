@@ -38,8 +38,13 @@ def shape_plan(name, query, key=None, **options):
     return flashcore.plan(query, key, options.pop("value", key), device=name, **options)
 
 
+def chosen(gpu) -> str:
+    """The machine that a GPU gets where none is forced."""
+    return "sm90" if gpu in HOPPER else "sm80"
+
+
 def forced(gpu) -> tuple[str, ...]:
-    """The machines that a GPU has. None of them forced, it is sm80 today."""
+    """The machines that a GPU has."""
     return ("sm80", "sm90") if gpu in HOPPER else ("sm80",)
 
 
@@ -65,7 +70,7 @@ def test_fits_the_device(gpu, head_dim, dtype):
     memory."""
     for softcap, backend in itertools.product((0.0, 30.0), (None, *forced(gpu))):
         p = shape_plan(gpu, (2, 1000, 8, head_dim), dtype=dtype, softcap=softcap, backend=backend)
-        assert p.backend == (backend or "sm80") and p.kernel == f"{p.backend}_forward"
+        assert p.backend == (backend or chosen(gpu)) and p.kernel == f"{p.backend}_forward"
         assert p.head_dim == next(d for d in INSTANCES[p.backend] if d >= head_dim)
         smallest = p.tile_k * p.head_dim * 2  # one tile of keys in 16 bits
         assert smallest <= p.shared_memory <= SHARED_MEMORY[gpu]
@@ -86,7 +91,7 @@ def test_head_dim_256_with_99_kib(device):
             small = shape_plan("l4", (1, 4096, 16, head_dim), dtype=dtype)
             assert small == shape_plan("rtx4090", (1, 4096, 16, head_dim), dtype=dtype)
             assert small.shared_memory <= 101376 and small.head_dim == 256
-            large = shape_plan("h100", (1, 4096, 16, head_dim), dtype=dtype)
+            large = shape_plan("h100", (1, 4096, 16, head_dim), dtype=dtype, backend="sm80")
             assert large.tile_q * large.tile_k >= small.tile_q * small.tile_k
             assert large.shared_memory >= small.shared_memory
 
@@ -142,7 +147,7 @@ def test_varlen(gpu):
     for backend in (None, *forced(gpu)):
         shapes = dict(query=(5000, 8, 64), key=(7000, 2, 64), cu_seqlens_q=(10,), cu_seqlens_k=(10,), backend=backend)
         p = shape_plan(gpu, **shapes, max_seqlen_q=600, max_seqlen_k=900, causal=True)
-        assert p.backend == (backend or "sm80")
+        assert p.backend == (backend or chosen(gpu))
         # However the 5000 queries fall into 9 sequences, there are tiles for them: most where each has one query too
         # many.
         queries = p.tile_q // p.packed_heads
@@ -174,8 +179,8 @@ def test_packed_heads(device, group, seqlen_q, head_dim):
                 assert f"{group} query heads" in p.reason
             if seqlen_q == 1 and 1 < group <= 128:
                 assert p.packed_heads == group and p.tiles == batch * heads_k
-            for name in ("a100", "h100", "cpu"):
-                assert shape_plan(name, query, key, causal=causal).packed_heads == 1
+            for name, backend in (("a100", None), ("h100", "sm80"), ("cpu", None)):
+                assert shape_plan(name, query, key, causal=causal, backend=backend).packed_heads == 1
 
 
 @needs_sm90
@@ -247,7 +252,7 @@ def test_strides_that_tma_cannot_encode(device, layout):
         with pytest.raises(ValueError, match="backend.*sm90.*stride"):
             shape_plan(name, far, layout=layout, backend="sm90")
         p = shape_plan(name, far, layout=layout)
-        assert p.backend == "sm80" and p.kernel == "sm80_forward" and name in p.reason
+        assert p.backend == "sm80" and p.kernel == "sm80_forward" and name in p.reason and "TMA" in p.reason
         near = (2, *far[1:3], 120)
         assert shape_plan(name, near, layout=layout, backend="sm90").backend == "sm90"
         # The stride of an axis of extent 1 means nothing.
@@ -288,15 +293,15 @@ def test_forced_backend_that_cannot_run(gpu):
 
 
 def test_forced_backend(gpu):
-    """sm80 runs on every GPU and is chosen on each today; the plan is the same when it is forced. sm90 has to be."""
+    """sm80 runs on every GPU, sm90 on Hopper, where it is chosen; the plan is the same when it is forced."""
     for head_dim in HEAD_DIMS:
         query, key = (3, 700, 6, head_dim), (3, 500, 2, head_dim)
-        chosen = shape_plan(gpu, query, key, causal=True)
-        assert chosen.backend == "sm80" and "forced" not in chosen.reason
+        free = shape_plan(gpu, query, key, causal=True)
+        assert free.backend == chosen(gpu) and "forced" not in free.reason
         for backend in forced(gpu):
             p = shape_plan(gpu, query, key, causal=True, backend=backend)
             assert p.backend == backend and p.kernel == f"{backend}_forward" and "forced" in p.reason
-            assert (p == chosen) == (backend == "sm80") and p.packed_heads in ((1,) if backend == "sm80" else (1, 3))
+            assert (p == free) == (backend == chosen(gpu)) and p.packed_heads in ((1,) if backend == "sm80" else (1, 3))
             check_grid(p, gpu, 3, 700, 6)
 
 

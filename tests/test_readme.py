@@ -16,17 +16,20 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-LIBRARIES = ("torch", "jax", "numpy")
+LIBRARIES = ("torch", "jax", "cupy", "numpy")
+INTERFACES = ("torch", "flash_attn", "transformers", "jax")  # flashcore.<name>: what FlashCore is behind
 
 
-def example(library: str) -> str:
-    found = [text for text in EXAMPLES if re.match(rf"import {library}\b", text)]
-    assert len(found) == 1, f"README has {len(found)} examples of {library}"
+def example(module: str) -> str:
+    found = [text for text in EXAMPLES if re.match(rf"import {module}\s", text)]
+    assert len(found) == 1, f"README has {len(found)} examples of {module}"
     return found[0]
 
 
-def test_there_is_an_example_of_each_library():
-    assert len(EXAMPLES) == len(LIBRARIES)
+def test_there_is_an_example_of_each_library_and_interface():
+    assert len(EXAMPLES) == len(LIBRARIES) + len(INTERFACES)
+    for name in INTERFACES:
+        assert example(f"flashcore.{name}")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -37,6 +40,18 @@ def test_example_runs(library):
     out, q = names["out"], names["q"]
     assert isinstance(out, type(q)) and out.dtype == q.dtype
     assert out.shape == (q.shape[1:] if library == "numpy" else q.shape)  # NumPy's ends with attention_varlen
+
+
+@pytest.mark.filterwarnings("ignore")  # of the frameworks
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_example_behind_an_interface_runs(interface):
+    """Each names beside its `out` another way to the same result, `expected`."""
+    pytest.importorskip(interface if interface in ("transformers", "jax") else "torch")
+    names: dict = {}
+    exec(compile(example(f"flashcore.{interface}"), "README.md", "exec"), names)
+    out, expected = names["out"], names["expected"]
+    assert type(out) is type(expected) and out.shape == expected.shape and out.dtype == expected.dtype
+    assert float(abs(out - expected).max()) <= 2e-2
 
 
 def test_cpp_example_compiles(tmp_path):

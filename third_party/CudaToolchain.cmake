@@ -72,3 +72,12 @@ list(SORT numbers COMPARE NATURAL)
 list(GET numbers 0 oldest)
 string(REPLACE ";" "," code "${general_archs}")
 set(FLASHCORE_CUDA_FLAGS "SHELL:-gencode 'arch=compute_${oldest},code=[${code}]'" ${kernel_flags})
+
+# The decode kernels' code for 9.0 is compiled as such: it uses programmatic dependent launch, which PTX of 8.0 does not have.
+set(FLASHCORE_DECODE_FLAGS ${FLASHCORE_CUDA_FLAGS})
+if("sm_90" IN_LIST general_archs AND oldest LESS 90)
+  list(REMOVE_ITEM general_archs sm_90)
+  string(REPLACE ";" "," code "${general_archs}")
+  set(FLASHCORE_DECODE_FLAGS "SHELL:-gencode 'arch=compute_${oldest},code=[${code}]'"
+    "SHELL:-gencode arch=compute_90,code=sm_90" ${kernel_flags})
+endif()

@@ -22,7 +22,7 @@ struct KeyRange {
   FLASHCORE_HD int count() const { return end - begin; }
   FLASHCORE_HD int masked() const { return count() - (full_end - full_begin); }
   FLASHCORE_HD int tile(int i) const {
-    int const behind = end - full_end;
+    int const behind = full_begin == full_end ? count() : end - full_end;
     if (i < behind) return end - 1 - i;
     return i < masked() ? begin + (i - behind) : full_end - 1 - (i - masked());
   }

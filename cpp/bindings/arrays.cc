@@ -172,17 +172,16 @@ void check_negation(const char* name, nb::handle array) {
 
 Tensor Arrays::input(const char* name, nb::handle array) { return add(name, array); }
 
-Tensor Arrays::output(const char* name, nb::handle array) {
+Tensor Arrays::output(const char* name, nb::handle array, const char* instead) {
   Tensor const tensor = add(name, array);
   if (!arrays_.back().type->writable) {
-    throw ValueError(std::string(name) + ": got " + name_of_type(array) + ", which is immutable; call without " + name +
-                     "= and take the result that is returned");
+    throw ValueError(std::string(name) + ": got " + name_of_type(array) + ", which is immutable; " + instead);
   }
   return tensor;
 }
 
 Tensor Arrays::add(const char* name, nb::handle array) {
-  if (arrays_.empty()) arrays_.reserve(8);
+  if (arrays_.empty()) arrays_.reserve(10);
   Array& entry = arrays_.emplace_back();
   try {
     entry.type = array_type_of(array);

@@ -35,8 +35,9 @@ class Arrays {
   // ValueError for torch tensors that would need a gradient. The array outlives the call, so the object is only
   // borrowed.
   Tensor input(const char* name, nb::handle array);
-  // Reads an array to write to.
-  Tensor output(const char* name, nb::handle array);
+  // Reads an array to write to. `instead` says what to do where arrays of its type are immutable.
+  Tensor output(const char* name, nb::handle array,
+                const char* instead = "call without out= and take the result that is returned");
 
   // The stream of the work: null on the CPU.
   void* stream() const { return stream_; }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// flashcore.attention and attention_varlen: arrays to a Problem, and its way through validate, plan and launch.
+// flashcore.attention, attention_varlen and attention_kvcache: arrays to a problem, and its way through validate, plan
+// and launch.
 #include <cstdint>
 
 #include "arrays.h"
@@ -14,31 +15,45 @@ using namespace nb::literals;
 
 namespace {
 
-// `arrays` holds those of `problem`. Nothing is allocated before the problem has been validated.
-nb::object run(Problem& problem, Arrays& arrays, nb::handle out, bool return_lse) {
+// Whether there are values in arrays that a kernel relies on.
+bool has_values(const Problem& problem) { return problem.varlen(); }
+bool has_values(const KvCacheProblem&) { return true; }
+
+Result allocate_lse(const Problem& problem, Arrays& arrays) {
+  Sizes const size = sizes(problem);
+  int64_t const fixed[] = {size.batch, size.heads_q, size.seqlen_q};
+  int64_t const varlen[] = {size.heads_q, size.total_q};
+  return problem.varlen() ? arrays.allocate(float32, 2, varlen) : arrays.allocate(float32, 3, fixed);
+}
+Result allocate_lse(const KvCacheProblem& problem, Arrays& arrays) {
+  Sizes const size = sizes(problem);
+  int64_t const shape[] = {size.batch, size.heads_q, size.seqlen_q};
+  return arrays.allocate(float32, 3, shape);
+}
+
+// `arrays` holds those of `problem`, a Problem or a KvCacheProblem. Nothing is allocated before it has been validated.
+template <class AnyProblem>
+nb::object run(AnyProblem& problem, Arrays& arrays, nb::handle out, bool return_lse) {
   problem.stream = arrays.stream();
   if (!out.is_none()) problem.out = arrays.output("out", out);
   validate(problem);
   Device const device = problem.query.device;
-  if (problem.varlen() && (device.type == DeviceType::cpu || check_requested())) {
+  if (has_values(problem) && (device.type == DeviceType::cpu || check_requested())) {
     without_gil([&] { check_values(problem); });
   }
   Plan const chosen = plan(problem, device_properties(device));
 
-  Sizes const size = sizes(problem);
   Result made, lse, workspace;
   if (out.is_none()) {
     int64_t shape[4];
     int const dims = problem.query.ndim;
     for (int i = 0; i < dims; ++i) shape[i] = problem.query.shape[i];
-    shape[dims - 1] = size.head_dim_v;
+    shape[dims - 1] = sizes(problem).head_dim_v;
     made = arrays.allocate(problem.query.dtype, dims, shape);
     problem.out = made.tensor;
   }
   if (return_lse) {
-    int64_t const fixed[] = {size.batch, size.heads_q, size.seqlen_q};
-    int64_t const varlen[] = {size.heads_q, size.total_q};
-    lse = problem.varlen() ? arrays.allocate(float32, 2, varlen) : arrays.allocate(float32, 3, fixed);
+    lse = allocate_lse(problem, arrays);
     problem.lse = lse.tensor;
   }
   if (chosen.workspace > 0) workspace = arrays.allocate(DType{DTypeKind::unsigned_int, 8}, 1, &chosen.workspace);
@@ -81,6 +96,30 @@ nb::object attention_varlen(nb::handle query, nb::handle key, nb::handle value, 
   problem.cu_seqlens_q = arrays.input("cu_seqlens_q", cu_seqlens_q);
   problem.cu_seqlens_k = arrays.input("cu_seqlens_k", cu_seqlens_k);
   if (!seqused_k.is_none()) problem.seqused_k = arrays.input("seqused_k", seqused_k);
+  return run(problem, arrays, out, with_lse);
+}
+
+nb::object attention_kvcache(nb::handle query, nb::handle key_cache, nb::handle value_cache, nb::handle cache_seqlens,
+                             nb::handle key, nb::handle value, nb::handle page_table, nb::handle causal,
+                             nb::handle window, nb::handle scale, nb::handle softcap, nb::handle layout, nb::handle out,
+                             nb::handle return_lse, nb::handle batch_invariant, nb::handle backend) {
+  Problem options;
+  set_options(options, {causal, window, scale, softcap, batch_invariant, backend});
+  options.layout = layout_from(layout);
+  KvCacheProblem problem = kvcache_of(options);
+  bool const with_lse = bool_from("return_lse", return_lse);
+  Arrays arrays;
+  problem.query = arrays.input("query", query);
+  auto const cache = [&](const char* name, nb::handle array) {
+    if (key.is_none()) return arrays.input(name, array);
+    return arrays.output(name, array, "append the new keys and values yourself, and call without key= and value=");
+  };
+  problem.key_cache = cache("key_cache", key_cache);
+  problem.value_cache = cache("value_cache", value_cache);
+  problem.cache_seqlens = arrays.input("cache_seqlens", cache_seqlens);
+  if (!key.is_none()) problem.key = arrays.input("key", key);
+  if (!value.is_none()) problem.value = arrays.input("value", value);
+  if (!page_table.is_none()) problem.page_table = arrays.input("page_table", page_table);
   return run(problem, arrays, out, with_lse);
 }
 
@@ -133,6 +172,38 @@ Raises what flashcore.attention raises. On the CPU the values of cu_seqlens and 
 the sequence). On CUDA kernels clamp them so that nothing outside the arrays is touched, unless FLASHCORE_CHECK=1 is set
 in the environment: then they are checked too, which synchronizes the stream.)";
 
+constexpr const char* kvcache_doc =
+    R"(Attention of a few new queries a sequence over a cache of keys and values: decoding.
+
+Arrays are anything with __dlpack__; none is ever copied. Sequence b has cache_seqlens[b] keys in the cache, and behind
+them, where key and value are given, the new ones, which the call appends there in place; they take part. The queries
+are the last positions of these keys: causal lets the last one see them all.
+
+query: (batch, tokens, heads_q, head_dim); dtypes, strides and head_dim as for flashcore.attention. Meant for 1 to 16
+    tokens; more are right, but read the cache more than once.
+key_cache, value_cache: (batch, capacity, heads_k, head_dim), of query's dtype and device; heads_k divides heads_q. With
+    page_table (pages, page_size, heads_k, head_dim), page_size being 16, 64, 128 or 256.
+cache_seqlens: int32, (batch), contiguous, on query's device: keys that are in the cache before the call.
+key, value: (batch, new tokens, heads_k, head_dim), to be appended; both or neither. The caches are written to then (not
+    JAX arrays, which are immutable), at these tokens alone. cache_seqlens is not: the caller counts on.
+page_table: int32, (batch, pages a sequence), last stride 1, on query's device: token t of sequence b is row
+    t % page_size of page page_table[b, t // page_size]. Sequences may share pages that nothing is appended to. Entries
+    past a sequence's end are never used.
+causal, window, scale, softcap, out: as for flashcore.attention.
+layout: "bshd" or "bhsd" ("bhsd" caches are (batch or pages, heads_k, capacity or page_size, head_dim)), of all arrays.
+return_lse: also return the natural-log log-sum-exp of the scaled scores, float32, (batch, heads_q, tokens).
+batch_invariant: give a sequence the same bits whatever shares its batch, at a cost of a few percent of time.
+backend: "cpu" or "sm80" (any GPU) forces a machine; None lets FlashCore choose.
+
+Returns an array of query's type, shape and dtype; with return_lse a tuple (array, lse). A query that sees no key gives
+zeros and an lse of -inf. Rows of the cache past a sequence's end never matter, whatever they hold.
+
+Raises what flashcore.attention raises. On the CPU the values of cache_seqlens and page_table are checked (ValueError
+names the sequence and the page). On CUDA they are read by the kernels alone, so that a captured graph may be replayed
+with others: lengths are clamped to what the cache can hold with the new tokens, and keys in pages that do not exist are
+as if they were not there, neither read nor written, unless FLASHCORE_CHECK=1 is set in the environment: then they are
+checked too, which synchronizes the stream.)";
+
 }  // namespace
 
 // Each function is defined twice, with one signature for each type that it returns, so that the stubs have overloads.
@@ -151,6 +222,13 @@ void bind_attention(nb::module_& m) {
           "scale"_a = nb::none(), "softcap"_a.none() = 0.0, "out"_a = nb::none(), "return_lse"_a.none() = false,
           "batch_invariant"_a.none() = false, "backend"_a = nb::none(), signature, varlen_doc);
   };
+  auto const kvcache = [&m](const nb::sig& signature) {
+    m.def("attention_kvcache", &attention_kvcache, "query"_a.none(), "key_cache"_a.none(), "value_cache"_a.none(),
+          "cache_seqlens"_a.none(), nb::kw_only(), "key"_a = nb::none(), "value"_a = nb::none(),
+          "page_table"_a = nb::none(), "causal"_a.none() = false, "window"_a = nb::none(), "scale"_a = nb::none(),
+          "softcap"_a.none() = 0.0, "layout"_a.none() = "bshd", "out"_a = nb::none(), "return_lse"_a.none() = false,
+          "batch_invariant"_a.none() = false, "backend"_a = nb::none(), signature, kvcache_doc);
+  };
 #define FLASHCORE_FIXED(return_lse, result)                                                               \
   nb::sig(                                                                                                \
       "def attention(query: Array, key: typing.Any, value: typing.Any, *, causal: bool = False, "         \
@@ -168,10 +246,21 @@ void bind_attention(nb::module_& m) {
       "softcap: float = 0.0, out: Array | None = None, return_lse: " return_lse                           \
       ", "                                                                                                \
       "batch_invariant: bool = False, backend: typing.Literal['cpu', 'sm80', 'sm90'] | None = None) -> " result)
+#define FLASHCORE_KVCACHE(return_lse, result)                                                                   \
+  nb::sig(                                                                                                      \
+      "def attention_kvcache(query: Array, key_cache: typing.Any, value_cache: typing.Any, "                    \
+      "cache_seqlens: typing.Any, *, key: typing.Any = None, value: typing.Any = None, "                        \
+      "page_table: typing.Any = None, causal: bool = False, "                                                   \
+      "window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float = 0.0, " \
+      "layout: typing.Literal['bshd', 'bhsd'] = 'bshd', out: Array | None = None, return_lse: " return_lse      \
+      ", batch_invariant: bool = False, backend: typing.Literal['cpu', 'sm80'] | None = None) -> " result)
   fixed(FLASHCORE_FIXED("typing.Literal[False] = False", "Array"));
   fixed(FLASHCORE_FIXED("typing.Literal[True]", "tuple[Array, Array]"));
   varlen(FLASHCORE_VARLEN("typing.Literal[False] = False", "Array"));
   varlen(FLASHCORE_VARLEN("typing.Literal[True]", "tuple[Array, Array]"));
+  kvcache(FLASHCORE_KVCACHE("typing.Literal[False] = False", "Array"));
+  kvcache(FLASHCORE_KVCACHE("typing.Literal[True]", "tuple[Array, Array]"));
+#undef FLASHCORE_KVCACHE
 #undef FLASHCORE_FIXED
 #undef FLASHCORE_VARLEN
 }

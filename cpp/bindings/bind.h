@@ -6,9 +6,11 @@
 
 namespace flashcore {
 
-void bind_attention(nanobind::module_& m);  // attention, attention_varlen
+void bind_attention(nanobind::module_& m);  // attention, attention_varlen, attention_kvcache
 void bind_combine(nanobind::module_& m);
-void bind_plan(nanobind::module_& m);  // plan, Plan
-void bind_info(nanobind::module_& m);  // info, set_num_threads, get_num_threads
+void bind_plan(nanobind::module_& m);      // plan, Plan
+void bind_schedule(nanobind::module_& m);  // decode_schedule, for tests
+void bind_info(nanobind::module_& m);      // info, set_num_threads, get_num_threads
+void bind_xla(nanobind::module_& m);       // xla_handlers; with FLASHCORE_JAX=ON
 
 }  // namespace flashcore

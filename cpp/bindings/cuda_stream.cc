@@ -49,6 +49,12 @@ cudaEvent_t event_of(void* event) { return static_cast<cudaEvent_t>(event); }
 
 }  // namespace
 
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the current CUDA device");
+  return device;
+}
+
 Event::Event(int device, void* stream) : device_(device) {
   DeviceGuard guard(device);
   cudaEvent_t event = nullptr;
@@ -127,6 +133,7 @@ bool Event::completed() const { return true; }
 void Event::synchronize() const {}
 void Event::hold(void* /*stream*/) const {}
 
+int current_device() { not_built(); }
 void* own_stream(int /*device*/) { not_built(); }
 void order(int /*device*/, void* /*stream*/, void* /*waiter*/) { not_built(); }
 void* allocate(int /*device*/, size_t /*bytes*/, void* /*stream*/) { not_built(); }

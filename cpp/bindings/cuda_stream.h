@@ -12,6 +12,9 @@ namespace flashcore::cuda {
 inline void* legacy_stream() { return reinterpret_cast<void*>(1); }
 inline void* per_thread_stream() { return reinterpret_cast<void*>(2); }
 
+// The calling thread's current device.
+int current_device();
+
 // A point in the work of a stream.
 class Event {
  public:

@@ -128,11 +128,15 @@ NB_MODULE(_core, m) {
   m.attr("__version__") = flashcore::version();
   m.attr("Array") = nb::type_var("Array");
   nb::register_exception_translator(flashcore::translate);
+#if FLASHCORE_HAS_XLA
+  flashcore::bind_xla(m);
+#endif
   flashcore::bind_buffer(m);
   flashcore::bind_attention(m);
   flashcore::bind_combine(m);
   flashcore::bind_plan(m);
   flashcore::bind_info(m);
+  flashcore::bind_schedule(m);
   m.def("read_array", &flashcore::read_array, nb::arg("array").none(),
         nb::sig("def read_array(array: typing.Any) -> dict[str, typing.Any]"),
         "How an array is seen that is passed to FlashCore: address, dtype, device, strides in elements. For tests.");

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 
+#include "flashcore/kvcache.h"
 #include "flashcore/problem.h"
 
 namespace flashcore {
@@ -21,6 +22,9 @@ struct Options {
 };
 
 void set_options(Problem& problem, const Options& options);
+
+// A problem over a cache with the arrays and options of `problem`, whose keys and values are the caches.
+KvCacheProblem kvcache_of(const Problem& problem);
 
 Layout layout_from(nb::handle layout);
 DType dtype_from(nb::handle dtype);

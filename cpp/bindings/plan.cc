@@ -83,8 +83,9 @@ DeviceProperties device_from(nb::handle device) {
 
 ExplainedPlan make_plan(nb::handle query, nb::handle key, nb::handle value, nb::handle cu_seqlens_q,
                         nb::handle cu_seqlens_k, nb::handle max_seqlen_q, nb::handle max_seqlen_k, nb::handle seqused_k,
-                        nb::handle causal, nb::handle window, nb::handle scale, nb::handle softcap, nb::handle layout,
-                        nb::handle batch_invariant, nb::handle backend, nb::handle dtype, nb::handle device) {
+                        nb::handle cache_seqlens, nb::handle page_table, nb::handle causal, nb::handle window,
+                        nb::handle scale, nb::handle softcap, nb::handle layout, nb::handle batch_invariant,
+                        nb::handle backend, nb::handle dtype, nb::handle device) {
   Problem problem;
   problem.layout = layout_from(layout);
   set_options(problem, {causal, window, scale, softcap, batch_invariant, backend});
@@ -105,26 +106,40 @@ ExplainedPlan make_plan(nb::handle query, nb::handle key, nb::handle value, nb::
                      ": it goes with shapes; arrays have their own");
   }
   auto const read = [&](const char* name, nb::handle array, DType of) {
+    if (array.is_none()) return Tensor{};
     return shapes ? tensor_from_shape(name, array, of, place) : arrays.input(name, array);
   };
+  bool const cached = !cache_seqlens.is_none();
   problem.query = read("query", query, element);
-  problem.key = read("key", key, element);
-  problem.value = read("value", value, element);
-  if (!cu_seqlens_q.is_none()) problem.cu_seqlens_q = read("cu_seqlens_q", cu_seqlens_q, int32);
-  if (!cu_seqlens_k.is_none()) problem.cu_seqlens_k = read("cu_seqlens_k", cu_seqlens_k, int32);
-  if (!seqused_k.is_none()) problem.seqused_k = read("seqused_k", seqused_k, int32);
-  problem.stream = arrays.stream();
-  validate(problem);
-  if (!shapes) properties = device_properties(problem.query.device);
-  Plan const chosen = plan(problem, properties);
-  return {chosen, explain(problem, properties, chosen)};
+  problem.key = read(cached ? "key_cache" : "key", key, element);
+  problem.value = read(cached ? "value_cache" : "value", value, element);
+  problem.cu_seqlens_q = read("cu_seqlens_q", cu_seqlens_q, int32);
+  problem.cu_seqlens_k = read("cu_seqlens_k", cu_seqlens_k, int32);
+  problem.seqused_k = read("seqused_k", seqused_k, int32);
+  auto const explained = [&](const auto& asked) -> ExplainedPlan {
+    validate(asked);
+    if (!shapes) properties = device_properties(asked.query.device);
+    Plan const chosen = plan(asked, properties);
+    return {chosen, explain(asked, properties, chosen)};
+  };
+  if (!cached) {
+    if (!page_table.is_none()) throw ValueError("page_table: it goes with cache_seqlens");
+    return explained(problem);
+  }
+  if (problem.varlen()) throw ValueError("cache_seqlens: it does not go with cu_seqlens_q");
+  KvCacheProblem decoding = kvcache_of(problem);
+  decoding.cache_seqlens = read("cache_seqlens", cache_seqlens, int32);
+  decoding.page_table = read("page_table", page_table, int32);
+  return explained(decoding);
 }
 
-constexpr const char* plan_doc = R"(Tells what a call of attention or attention_varlen would run, and why; runs nothing.
+constexpr const char* plan_doc =
+    R"(Tells what a call of attention, attention_varlen or attention_kvcache would run, and why; runs nothing.
 
 query, key, value: arrays as for attention, or shapes (tuples of ints, row-major arrays meant) together with dtype and
     device, which needs neither the memory nor the device.
 cu_seqlens_q, cu_seqlens_k, seqused_k: with them the problem is one of attention_varlen; shapes where query is one.
+cache_seqlens, page_table: with cache_seqlens it is one of attention_kvcache, key and value being the caches.
 max_seqlen_q, max_seqlen_k, causal, window, scale, softcap, layout, batch_invariant, backend: as for those functions.
 dtype: with shapes: "float32", "float16" or "bfloat16".
 device: with shapes: "h100", "h200", "a100", "l4", "rtx4090" or "b200", or "cpu" or "cuda:0" for those of this machine.
@@ -177,8 +192,9 @@ void bind_plan(nb::module_& m) {
   m.def(
       "plan", &make_plan, "query"_a.none(), "key"_a.none(), "value"_a.none(), nb::kw_only(),
       "cu_seqlens_q"_a = nb::none(), "cu_seqlens_k"_a = nb::none(), "max_seqlen_q"_a = nb::none(),
-      "max_seqlen_k"_a = nb::none(), "seqused_k"_a = nb::none(), "causal"_a.none() = false, "window"_a = nb::none(),
-      "scale"_a = nb::none(), "softcap"_a.none() = 0.0, "layout"_a.none() = "bshd", "batch_invariant"_a.none() = false,
+      "max_seqlen_k"_a = nb::none(), "seqused_k"_a = nb::none(), "cache_seqlens"_a = nb::none(),
+      "page_table"_a = nb::none(), "causal"_a.none() = false, "window"_a = nb::none(), "scale"_a = nb::none(),
+      "softcap"_a.none() = 0.0, "layout"_a.none() = "bshd", "batch_invariant"_a.none() = false,
       "backend"_a = nb::none(), "dtype"_a = nb::none(), "device"_a = nb::none(),
       nb::sig("def plan(query: typing.Any, key: typing.Any, value: typing.Any, *, cu_seqlens_q: typing.Any = None, "
               "cu_seqlens_k: typing.Any = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, "

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a Plan to a kernel: the one switch over machines.
 #include "core/forward_params.h"
+#include "core/kvcache_params.h"
 #include "cpu/cpu.h"
 #include "flashcore/flashcore.h"
+#include "sm80/decode.h"
 #include "sm80/sm80.h"
 #include "sm90/sm90.h"
 
@@ -37,6 +39,23 @@ void launch(const Problem& problem, const Plan& plan, void* /*workspace*/) {
     default:
       throw RuntimeError("this build of FlashCore has no CUDA code: install it without FLASHCORE_CUDA=OFF");
   }
+}
+
+void launch(const KvCacheProblem& problem, const Plan& plan, void* workspace) {
+  static_cast<void>(workspace);  // the CPU needs none
+  KvCacheParams const params = kvcache_params(problem);
+  DType const dtype = problem.query.dtype;
+  if (plan.backend == Backend::cpu) {
+    cpu::forward_kvcache(params, dtype, plan);
+    return;
+  }
+#if FLASHCORE_HAS_CUDA
+  if (plan.blocks == 0) return;  // no queries and nothing to append
+  CurrentDevice const current(problem.query.device.index);
+  sm80::decode(params, dtype, plan, workspace, problem.stream);
+#else
+  throw RuntimeError("this build of FlashCore has no CUDA code: install it without FLASHCORE_CUDA=OFF");
+#endif
 }
 
 void launch(const CombineProblem& problem) {

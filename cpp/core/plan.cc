@@ -48,6 +48,8 @@ constexpr bool has_sm90 = false;
 constexpr bool has_sm90 = true;
 #endif
 
+bool runs_sm90(const DeviceProperties& device) { return device.compute_capability == 90 && has_sm90; }
+
 constexpr Tile sm80_tiles[] = {
 #define FLASHCORE_SM80_TILE(...) {__VA_ARGS__},
 #include "sm80/tiles.inc"
@@ -80,35 +82,23 @@ int64_t tiles(const Problem& problem, int tile_q, int64_t heads) {
   return count;
 }
 
-// Where later queries have more keys (causal), long tiles go first among the pairs of sequence and head whose keys and
-// values fit in half of the L2 cache; elsewhere the tiles of a pair follow each other, and its keys and values stay in
-// the cache anyway. `pairs_per_key_head` of them share their keys.
+// Whether later queries of a sequence have many more keys than the first ones: not where a window to the left makes
+// them even, nor where there are many keys before all queries.
+bool uneven(const Problem& problem) {
+  Sizes const s = sizes(problem);
+  return (problem.causal || problem.window_right.has_value()) && s.seqlen_k / 2 < s.seqlen_q &&
+         (!problem.window_left.has_value() || *problem.window_left > s.seqlen_k / 2);
+}
+
+// Where tiles are uneven, long ones go first among the pairs of sequence and head whose keys and values fit in half of
+// the L2 cache; elsewhere the tiles of a pair follow each other, and its keys and values stay in the cache anyway.
+// `pairs_per_key_head` of them share their keys.
 int heads_per_section(const Problem& problem, const DeviceProperties& device, int64_t pairs,
                       int64_t pairs_per_key_head) {
   Sizes const s = sizes(problem);
-  bool const uneven = problem.causal || problem.window_right.has_value();
-  if (!uneven || problem.varlen() || pairs == 0) return 1;
+  if (!uneven(problem) || problem.varlen() || pairs == 0) return 1;
   int64_t const bytes_per_pair = std::max<int64_t>(1, 2 * s.seqlen_k * s.head_dim * 2 / pairs_per_key_head);
   return static_cast<int>(std::clamp<int64_t>(device.l2_bytes / 2 / bytes_per_pair, 1, pairs));
-}
-
-// A plain score is only multiplied by a positive scale, which the exponent's multiplication takes over. A scale so
-// small that the product with the score's factor is subnormal goes the general way, like zero and negative ones.
-bool plain_score(const Problem& problem) { return problem.softcap == 0.0 && effective_scale(problem) > 1e-30; }
-
-// A few queries with many keys are divided over the keys. Into how many parts depends on nothing but the problem, so
-// that the number of threads changes no bits; the parts' memory is at most 4 MiB.
-int cpu_splits(const Problem& problem) {
-  constexpr int64_t part_keys = 4096, most_parts = 64;
-  Sizes const s = sizes(problem);
-  if (problem.varlen() || problem.batch_invariant || s.heads_k == 0) return 1;
-  int64_t const rows = s.seqlen_q * (s.heads_q / s.heads_k);
-  if (rows > cpu::few_rows || s.head_dim % cpu::few_rows_head_dim != 0) return 1;
-  bool const side_by_side = problem.layout == Layout::bshd;
-  int64_t const key_heads = cpu::few_key_heads(rows, s.head_dim, s.heads_k, side_by_side);
-  int64_t const tasks = s.batch * ((s.heads_k + key_heads - 1) / key_heads);
-  if (tasks == 0 || tasks >= most_parts) return 1;
-  return static_cast<int>(std::clamp<int64_t>(s.seqlen_k / part_keys, 1, most_parts / tasks));
 }
 
 Plan plan_cpu(const Problem& problem, const DeviceProperties& device) {
@@ -122,7 +112,7 @@ Plan plan_cpu(const Problem& problem, const DeviceProperties& device) {
   plan.threads = device.units;
   plan.plain_score = plain_score(problem);
   plan.tiles = plan.blocks = tiles(problem, plan.tile_q, s.heads_q);
-  plan.splits = cpu_splits(problem);
+  plan.splits = problem.varlen() || problem.batch_invariant ? 1 : cpu_splits(s, problem.layout);
   return plan;
 }
 
@@ -159,24 +149,27 @@ bool tma_encodes(const Problem& problem) {
   return tma_encodes(problem.query) && tma_encodes(problem.key) && tma_encodes(problem.value);
 }
 
-// Blocks that take tiles in turn, forwards and backwards, share a section of unequal tiles evenly where it fills whole
-// rounds: of the sections of at most `most` pairs the one that leaves the fewest places of its rounds empty. Simulated
-// for a causal mask, 132 blocks and 16,384 tokens: 0.97 to 0.997 of perfect balance, where sections of as many heads as
-// the L2 cache holds gave 0.83 to 0.98.
-int whole_rounds(int most, int64_t pairs, const Plan& plan) {
-  if (most <= 1 || plan.blocks == 0) return 1;
+// Blocks that take tiles in turn, forwards and backwards, share a section of uneven tiles evenly where it fills whole
+// rounds: the section that leaves the fewest places of its rounds empty is taken; one of more than `most` pairs, whose
+// keys and values pass the L2 cache's share, where that saves more than 5% of the rounds. Simulated
+// for a causal mask, 132 blocks and 16,384 tokens: 0.94 to 0.999 of perfect balance, where sections of as many heads as
+// the L2 cache holds gave 0.83 to 0.98. (One head of 128 tiles a section, not filled up to 132 places, measured 467
+// TFLOP/s at head dimension 128, and filled up X.)
+void set_sections(Plan& plan, const Problem& problem, int most, int64_t pairs) {
+  if (problem.varlen() || plan.blocks == 0) return;
   int64_t const tiles_per_pair = plan.tiles / pairs;
+  plan.section_slots = static_cast<int>(tiles_per_pair);
+  if (!uneven(problem)) return;
   auto const rounds = [&](int64_t width) { return (width * tiles_per_pair + plan.blocks - 1) / plan.blocks; };
-  int best = 1;
   int64_t fewest = std::numeric_limits<int64_t>::max();
-  for (int width = 1; width <= std::min(most, 256); ++width) {
-    int64_t const all = pairs / width * rounds(width) + rounds(pairs % width);
-    if (all < fewest) {
-      fewest = all;
-      best = width;
+  for (int width = 1; width <= std::min<int64_t>(std::clamp(most, 16, 256), pairs); ++width) {
+    int64_t const cost = (pairs / width * rounds(width) + rounds(pairs % width)) * (width > most ? 21 : 20);
+    if (cost < fewest) {
+      fewest = cost;
+      plan.heads_per_section = width;
+      plan.section_slots = static_cast<int>(rounds(width) * plan.blocks);
     }
   }
-  return best;
 }
 
 // What a tile costs the GPU's busiest multiprocessor, in rows of queries.
@@ -232,16 +225,30 @@ Plan plan_sm90(const Problem& problem, const DeviceProperties& device) {
   plan.blocks = std::min<int64_t>(plan.tiles, int64_t{device.units});
   int64_t const group = s.heads_k == 0 ? 1 : s.heads_q / s.heads_k;
   int64_t const pairs = s.batch * s.heads_q / plan.packed_heads;
-  plan.heads_per_section =
-      whole_rounds(heads_per_section(problem, device, pairs, group / plan.packed_heads), pairs, plan);
+  set_sections(plan, problem, heads_per_section(problem, device, pairs, group / plan.packed_heads), pairs);
   return plan;
 }
+
+}  // namespace
+
+bool plain_score(const Problem& problem) { return problem.softcap == 0.0 && effective_scale(problem) > 1e-30; }
 
 std::string capability(const DeviceProperties& device) {
   return std::to_string(device.compute_capability / 10) + "." + std::to_string(device.compute_capability % 10);
 }
 
-}  // namespace
+// A few queries with many keys are divided over the keys. Into how many parts depends on nothing but the problem, so
+// that the number of threads changes no bits; the parts' memory is at most 4 MiB.
+int cpu_splits(const Sizes& s, Layout layout) {
+  constexpr int64_t part_keys = 4096, most_parts = 64;
+  if (s.heads_k == 0) return 1;
+  int64_t const rows = s.seqlen_q * (s.heads_q / s.heads_k);
+  if (rows > cpu::few_rows || s.head_dim % cpu::few_rows_head_dim != 0) return 1;
+  int64_t const key_heads = cpu::few_key_heads(rows, s.head_dim, s.heads_k, layout == Layout::bshd);
+  int64_t const tasks = s.batch * ((s.heads_k + key_heads - 1) / key_heads);
+  if (tasks == 0 || tasks >= most_parts) return 1;
+  return static_cast<int>(std::clamp<int64_t>(s.seqlen_k / part_keys, 1, most_parts / tasks));
+}
 
 Plan plan(const Problem& problem, const DeviceProperties& device) {
   if (device.type == DeviceType::cpu) {
@@ -258,7 +265,7 @@ Plan plan(const Problem& problem, const DeviceProperties& device) {
     throw RuntimeError(device.name + " has compute capability " + capability(device) +
                        "; FlashCore's kernels need 8.0 (Ampere) or later: move the arrays to the CPU");
   }
-  bool const hopper = device.compute_capability == 90 && has_sm90;
+  bool const hopper = runs_sm90(device);
   if (problem.backend == Backend::sm90) {
     if (!hopper) {
       throw RuntimeError("backend: got \"sm90\" for " + device.name + ", whose compute capability is " +
@@ -273,8 +280,8 @@ Plan plan(const Problem& problem, const DeviceProperties& device) {
           "\"sm80\" or None");
     }
   }
-  // Not yet by itself: the kernel has passed its checks on an H200 for some shapes, but not the whole test suite.
-  return problem.backend == Backend::sm90 ? plan_sm90(problem, device) : plan_sm80(problem, device);
+  bool const wants_sm80 = problem.backend == Backend::sm80;
+  return hopper && !wants_sm80 && tma_encodes(problem) ? plan_sm90(problem, device) : plan_sm80(problem, device);
 }
 
 std::string explain(const Problem& problem, const DeviceProperties& device, const Plan& plan) {
@@ -303,6 +310,9 @@ std::string explain(const Problem& problem, const DeviceProperties& device, cons
       text += " Longest tiles first among " + std::to_string(plan.heads_per_section) +
               " heads, whose keys and values share the L2 cache.";
     }
+  }
+  if (plan.backend == Backend::sm80 && problem.backend == Backend::automatic && runs_sm90(device)) {
+    text += " TMA cannot take the arrays' strides (negative, or 2^40 bytes or more): the sm80 kernel does.";
   }
   if (!plan.plain_score)
     text += problem.softcap > 0 ? " Scores are capped." : " The scale is not positive: scores are scaled one by one.";

@@ -2,6 +2,10 @@
 // Small facts of a Problem that several parts of the core share.
 #pragma once
 
+#include <string>
+
+#include "flashcore/kvcache.h"
+#include "flashcore/plan.h"
 #include "flashcore/problem.h"
 
 namespace flashcore {
@@ -11,5 +15,18 @@ char const* to_string(Backend backend);
 
 // The scale that the scores get: the problem's, or 1 / sqrt(head_dim).
 double effective_scale(const Problem& problem);
+
+// Whether the scores are only multiplied by a positive scale, which the exponent's multiplication takes over. A scale
+// so small that the product with the score's factor is subnormal goes the general way, like zero and negative ones.
+bool plain_score(const Problem& problem);
+
+// The options of a problem over a cache and its arrays as if the cache were its keys and values.
+Problem options_of(const KvCacheProblem& problem);
+
+// "9.0"
+std::string capability(const DeviceProperties& device);
+
+// Into how many parts the CPU divides the keys of a problem of fixed length.
+int cpu_splits(const Sizes& sizes, Layout layout);
 
 }  // namespace flashcore

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/forward_params.h"
+#include "core/kvcache_params.h"
 #include "flashcore/flashcore.h"
 
 namespace flashcore::cpu {
@@ -32,6 +33,9 @@ constexpr int few_key_heads(int64_t rows, int64_t head_dim, int64_t heads_k, boo
 // Runs a problem that has passed validate() and returns when it is done. Work is divided into tiles of plan.tile_q
 // queries. Each query's result has the same bits whatever the number of threads.
 void forward(const ForwardParams& params, DType dtype, const Plan& plan);
+
+// The same over a cache, to which the new keys and values are appended first.
+void forward_kvcache(const KvCacheParams& params, DType dtype, const Plan& plan);
 
 // Merges partial results (attention/combine.h).
 void combine(const CombineProblem& problem);

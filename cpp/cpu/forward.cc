@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "attention/cache.h"
 #include "attention/mask.h"
 #include "cpu/cpu.h"
 #include "cpu/environment.h"
@@ -50,20 +51,34 @@ float* scratch() {
 }
 
 Sequence sequence_of(const ForwardParams& p, int b) {
-  if (!p.cu_seqlens_q) return {b, 0, 0, p.seqlen_q, p.seqlen_k};
+  if (!p.cu_seqlens_q) return {.batch = b, .first_q = 0, .first_k = 0, .seqlen_q = p.seqlen_q, .seqlen_k = p.seqlen_k};
   int const q_begin = clamp_to(p.cu_seqlens_q[b], 0, p.seqlen_q);
   int const q_end = clamp_to(p.cu_seqlens_q[b + 1], q_begin, p.seqlen_q);
   int const k_begin = clamp_to(p.cu_seqlens_k[b], 0, p.seqlen_k);
   int const k_end = clamp_to(p.cu_seqlens_k[b + 1], k_begin, p.seqlen_k);
   int const keys = k_end - k_begin;
-  return {0, q_begin, k_begin, q_end - q_begin, p.seqused_k ? clamp_to(p.seqused_k[b], 0, keys) : keys};
+  return {.batch = 0,
+          .first_q = q_begin,
+          .first_k = k_begin,
+          .seqlen_q = q_end - q_begin,
+          .seqlen_k = p.seqused_k ? clamp_to(p.seqused_k[b], 0, keys) : keys};
+}
+
+// Over a cache, the new keys included.
+Sequence sequence_of(const KvCacheParams& p, int b) {
+  return {.batch = b,
+          .first_q = 0,
+          .first_k = 0,
+          .seqlen_q = p.seqlen_q,
+          .seqlen_k = cached_keys(p, b) + p.new_tokens,
+          .pages = p.page_table ? p.page_table + b * p.page_table_stride : nullptr,
+          .page_size = p.page_size};
 }
 
 // Where a sequence has few queries, a tile takes in several heads of a group, which share its keys. How many depends on
 // nothing but the sequence, since the blocks that its rows fall into decide their bits.
-SequenceTasks tasks_of(const ForwardParams& p, int b, int queries_of_tile) {
+SequenceTasks tasks_of(const ForwardParams& p, int b, const Sequence& s, int queries_of_tile) {
   constexpr int packed_rows = 96;
-  Sequence const s = sequence_of(p, b);
   Mask const mask = Mask::make(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
   int const heads = clamp_to(packed_rows / max_of(s.seqlen_q, 1), 1, p.group);
   bool const side_by_side = p.k.head_stride < p.k.row_stride;
@@ -95,15 +110,15 @@ void clear_rest(const ForwardParams& p, int64_t element_bytes) {
   }
 }
 
-}  // namespace
-
-void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
+// Params: ForwardParams or KvCacheParams, which differ in what a sequence is.
+template <class Params>
+void run(const Params& params, DType dtype, const Plan& plan) {
   ForwardTile const forward_tile = chosen().forward_tile;
   Element const element = dtype == float32 ? Element::float32 : dtype == float16 ? Element::float16 : Element::bfloat16;
   std::vector<SequenceTasks> sequences;
   int64_t tasks = 0;
   for (int b = 0; b < params.batch; ++b) {
-    sequences.push_back(tasks_of(params, b, clamp_to(plan.tile_q, 1, tile_q)));
+    sequences.push_back(tasks_of(params, b, sequence_of(params, b), clamp_to(plan.tile_q, 1, tile_q)));
   }
   std::stable_sort(sequences.begin(), sequences.end(),
                    [](const SequenceTasks& a, const SequenceTasks& b) { return a.cost > b.cost; });
@@ -160,7 +175,38 @@ void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
       forward_tile(params, tile, element, scratch());
     });
   }
+}
+
+// Copies the new keys and values to their places behind those that are there. Lengths and pages have been checked.
+void append(const KvCacheParams& p, int64_t element_bytes) {
+  auto const copy = [&](const Rows<const void*>& from, const Rows<void*>& to, int b, int token, CachePlace place) {
+    for (int head = 0; head < p.heads_k; ++head) {
+      int64_t const source = b * from.batch_stride + token * from.row_stride + head * from.head_stride;
+      int64_t const target = place.block * to.batch_stride + place.row * to.row_stride + head * to.head_stride;
+      std::memcpy(static_cast<char*>(to.data) + target * element_bytes,
+                  static_cast<const char*>(from.data) + source * element_bytes,
+                  static_cast<size_t>(p.head_dim * element_bytes));
+    }
+  };
+  parallel_for(int64_t{p.batch} * p.new_tokens, [&](int64_t task) {
+    int const b = static_cast<int>(task / p.new_tokens), token = static_cast<int>(task % p.new_tokens);
+    CachePlace const place = cache_place(p, b, cached_keys(p, b) + token);
+    if (place.block < 0) return;
+    copy(p.new_k, p.k_out, b, token, place);
+    copy(p.new_v, p.v_out, b, token, place);
+  });
+}
+
+}  // namespace
+
+void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
+  run(params, dtype, plan);
   clear_rest(params, dtype.bytes());
+}
+
+void forward_kvcache(const KvCacheParams& params, DType dtype, const Plan& plan) {
+  append(params, dtype.bytes());
+  run(params, dtype, plan);
 }
 
 }  // namespace flashcore::cpu

@@ -141,6 +141,15 @@ struct TileRows {
            head_of(row, key_head) * array.head_stride;
   }
 
+  // Where key (or value) `key` of the tile's first key head, or of one after it, lies.
+  const T* key_row(const Rows<const void*>& array, int key, int key_head = 0) const {
+    Sequence const& s = tile.sequence;
+    int64_t const block = s.pages ? s.pages[key / s.page_size] : s.batch;
+    int64_t const row = s.pages ? key % s.page_size : s.first_k + key;
+    return static_cast<const T*>(array.data) + block * array.batch_stride + row * array.row_stride +
+           (tile.head_k + key_head) * array.head_stride;
+  }
+
   // A row's output, divided by its sum, and its log-sum-exp.
   void write_row(const float* out, const SoftmaxRow& total, int row, int key_head = 0) const {
     narrow(out, total.inverse_sum(), params.head_dim,
@@ -157,7 +166,7 @@ template <typename T, typename Atom, typename Score>
 struct Forward : TileRows<T, Score> {
   using Lane = typename Atom::Lane;
   using Base = TileRows<T, Score>;
-  using Base::mask, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
+  using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
 
   int depth;       // lanes of the first product
   int out_stride;  // head_dim in whole vectors
@@ -166,6 +175,7 @@ struct Forward : TileRows<T, Score> {
   Lane* keys;      // [panel][depth][panel_width]
   Lane* values;    // [panel][key / Atom::depth][column]
   float* scores;   // [strip_rows][tile_k], and the weights in their place
+  T* gathered;     // [tile_k][head_dim]: rows that lie in pages
   RowState state[tile_q];
   int packed_keys = 0;  // keys of the packed tile, in whole panels
 
@@ -176,6 +186,7 @@ struct Forward : TileRows<T, Score> {
     keys = reinterpret_cast<Lane*>(out + tile_q * max_head_dim);
     values = keys + tile_k * max_head_dim;
     scores = reinterpret_cast<float*>(values + tile_k * max_head_dim);
+    gathered = reinterpret_cast<T*>(scores + strip_rows * tile_k);
   }
 
   void run() {
@@ -208,13 +219,17 @@ struct Forward : TileRows<T, Score> {
   }
 
   void pack(int first_key, int count) {
-    int64_t const row = tile.sequence.first_k + first_key;
-    auto const start = [&](const Rows<const void*>& array) {
-      return static_cast<const T*>(array.data) + tile.sequence.batch * array.batch_stride + row * array.row_stride +
-             tile.head_k * array.head_stride;
+    auto const packed = [&](const Rows<const void*>& array, auto pack_rows) {
+      if (!tile.sequence.pages) return pack_rows(key_row(array, first_key), array.row_stride);
+      for (int k = 0; k < count; ++k) {
+        memcpy(gathered + k * params.head_dim, key_row(array, first_key + k), params.head_dim * sizeof(T));
+      }
+      pack_rows(gathered, params.head_dim);
     };
-    pack_keys<Atom>(start(params.k), params.k.row_stride, count, params.head_dim, keys);
-    pack_values<Atom>(start(params.v), params.v.row_stride, count, params.head_dim, values);
+    packed(params.k,
+           [&](const T* from, int64_t stride) { pack_keys<Atom>(from, stride, count, params.head_dim, keys); });
+    packed(params.v,
+           [&](const T* from, int64_t stride) { pack_values<Atom>(from, stride, count, params.head_dim, values); });
     packed_keys = ceil_div(count, panel_width) * panel_width;
   }
 
@@ -290,7 +305,7 @@ template <typename T, typename Atom, typename Score>
 struct ForwardFew : TileRows<T, Score> {
   using Lane = typename Atom::Lane;
   using Base = TileRows<T, Score>;
-  using Base::mask, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
+  using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
   static constexpr int blocks = few_rows / 4;
   // Keys of which all heads are copied before they are used: read in the order in which memory lies, the processor
   // fetches ahead; used where they lie, 2 KiB apart, each waited for (5 GB/s a thread instead of 10).
@@ -323,11 +338,6 @@ struct ForwardFew : TileRows<T, Score> {
   Lane* queries_of(int key_head, int row) const { return queries + (key_head * few_rows + row) * depth; }
   float* out_of(int key_head, int row) const { return out + (key_head * few_rows + row) * params.head_dim; }
 
-  const T* start_of(const Rows<const void*>& array, int key_head, int key) const {
-    return static_cast<const T*>(array.data) + tile.sequence.batch * array.batch_stride +
-           (tile.sequence.first_k + key) * array.row_stride + (tile.head_k + key_head) * array.head_stride;
-  }
-
   void run() {
     Lane room[largest_row];
     for (int h = 0; h < tile.key_heads; ++h) {
@@ -346,12 +356,13 @@ struct ForwardFew : TileRows<T, Score> {
     // The keys that some row sees.
     int const begin = max_of(tile.first_key_tile * tile_k, mask.first_key(tile.q_begin));
     int const end = min_of(tile.end_key_tile * tile_k, mask.end_key(tile.q_begin + tile.queries - 1));
-    int const step = tile.key_heads > 1 ? copied_keys : tile_k;
+    bool const copied = tile.key_heads > 1 || tile.sequence.pages;
+    int const step = copied ? copied_keys : tile_k;
     for (int key = begin; key < end; key += step) {
       int const count = min_of(step, end - key);
-      if (tile.key_heads == 1) {
+      if (!copied) {
         for (int b = 0; b * 4 < rows; ++b) {
-          block(0, b, key, count, start_of(params.k, 0, key), params.k.row_stride, start_of(params.v, 0, key),
+          block(0, b, key, count, key_row(params.k, key), params.k.row_stride, key_row(params.v, key),
                 params.v.row_stride);
         }
       } else {
@@ -376,7 +387,7 @@ struct ForwardFew : TileRows<T, Score> {
     size_t const elements = static_cast<size_t>(params.head_dim) * (tile.key_heads / pieces);
     for (int k = 0; k < count; ++k) {
       for (int h = 0; h < pieces; ++h, to += elements) {
-        memcpy(to, start_of(array, h, key + k), elements * sizeof(T));
+        memcpy(to, key_row(array, key + k, h), elements * sizeof(T));
       }
     }
   }

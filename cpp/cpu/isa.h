@@ -14,6 +14,9 @@ struct Sequence {
   int64_t first_q;  // its first rows
   int64_t first_k;
   int seqlen_q, seqlen_k;
+  // Keys and values in pages: the batch index of each page of the sequence. Else null.
+  const int32_t* pages = nullptr;
+  int page_size = 0;
 };
 
 // The queries [q_begin, q_begin + queries) of the query heads [head, head + heads), which share the key head `head_k`.
@@ -38,12 +41,12 @@ enum class Element : uint8_t { float32, float16, bfloat16 };
 // Computes one tile. `scratch` has scratch_floats floats, 64-byte aligned, and belongs to the calling thread.
 using ForwardTile = void (*)(const ForwardParams&, const QueryTile&, Element, float* scratch);
 
-// The tile of queries (packed for the first product, and its output), of keys, of values, and a strip of scores, at the
-// largest head dimension: 0.5 MiB.
+// The tile of queries (packed for the first product, and its output), of keys, of values, a strip of scores, and the
+// rows of a tile whose keys or values lie in pages, at the largest head dimension: 0.6 MiB.
 constexpr int max_head_dim = 256;
 constexpr int strip_rows = 24;
 constexpr int64_t scratch_floats =
-    int64_t{2} * tile_q * max_head_dim + int64_t{2} * tile_k * max_head_dim + strip_rows * tile_k;
+    int64_t{2} * tile_q * max_head_dim + int64_t{3} * tile_k * max_head_dim + strip_rows * tile_k;
 
 struct Isa {
   const char* name;

@@ -37,8 +37,10 @@ struct ForwardConfig {
   static constexpr int q_buffers = q_buffers_;
   static constexpr bool pipelined = q_buffers > 1;
   // A column of ones beside the values makes the second product give the rows' sums. At head dimension 64 these
-  // additions are a sixth of the loop's instructions, and the product grows by an eighth.
+  // additions are a sixth of the loop's instructions, and the product grows by an eighth. The product adds the rounded
+  // weights, which is right for the output and not for the log-sum-exp: see WithLse.
   static constexpr bool sums_by_product = head_dim == 64;
+  static constexpr bool adds_sums = !sums_by_product;
   static constexpr int columns = head_dim + (sums_by_product ? 8 : 0);  // of the second product
 
   static constexpr int tile_q = 64 * warpgroups;
@@ -53,6 +55,13 @@ struct ForwardConfig {
   static constexpr int producer_registers = 24;
   static constexpr int consumer_registers =
       (launch_registers * (1 + warpgroups) - producer_registers) / warpgroups / 8 * 8;
+};
+
+// The same for calls that want the log-sum-exp: it adds the weights before they are rounded, too. The output's sums
+// stay the product's, so that it has the same bits with the log-sum-exp and without.
+template <class Config>
+struct WithLse : Config {
+  static constexpr bool adds_sums = true;
 };
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
@@ -217,17 +226,23 @@ __device__ __forceinline__ void hide(float (&s)[tile_k / 2], int const (&first_k
   }
 }
 
-// Takes a tile's scores into the rows' maxima. `ratio` is what the rows' sums and outputs so far are to be multiplied
-// by (the sums are), `offset` what to subtract in the exponents.
+// Caps or scales a tile's scores where the score asks for that. Before the mask: it would turn −inf into something
+// else.
 template <class Score, int n>
-__device__ __forceinline__ void raise_maxima(float (&s)[n], SoftmaxRow (&state)[2], float (&ratio)[2],
-                                             float (&offset)[2], Score const& score) {
+__device__ __forceinline__ void transform(float (&s)[n], Score const& score) {
   if constexpr (!Score::plain) {
     score.transform_all([&](auto transform) {
 #pragma unroll
       for (int i = 0; i < n; ++i) s[i] = transform(s[i]);
     });
   }
+}
+
+// Takes a tile's scores into the rows' maxima. `ratio` is what the rows' sums and outputs so far are to be multiplied
+// by (the sums are), `offset` what to subtract in the exponents.
+template <class Score, int n>
+__device__ __forceinline__ void raise_maxima(float (&s)[n], SoftmaxRow (&state)[2], float (&ratio)[2],
+                                             float (&offset)[2], Score const& score) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float top[2] = {state[half].max, s[2 * half]};
@@ -248,7 +263,7 @@ __device__ __forceinline__ void exponentials(float (&s)[n], SoftmaxRow (&state)[
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     s[i] = exp2_of(s[i] * factor - offset[i / 2 % 2]);
-    if constexpr (!Config::sums_by_product) state[i / 2 % 2].sum += s[i];
+    if constexpr (Config::adds_sums) state[i / 2 % 2].sum += s[i];
   }
 }
 
@@ -319,10 +334,13 @@ __device__ __forceinline__ void store(Arguments<typename Config::Score> const& a
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     SoftmaxRow& row_state = state[half];
-    row_state.sum = Config::sums_by_product ? o[Config::head_dim / 2 + 2 * half] : quad_sum(row_state.sum);
-    float const inverse = row_state.inverse_sum();
     OutputRow<Config> const row(a, job, lane.row + half * 8);
-    if (row.lse != nullptr && t == 0 && row.present) *row.lse = row_state.lse(a.score.factor);
+    if constexpr (Config::adds_sums) {
+      row_state.sum = quad_sum(row_state.sum);
+      if (row.lse != nullptr && t == 0 && row.present) *row.lse = row_state.lse(a.score.factor);
+    }
+    if constexpr (Config::sums_by_product) row_state.sum = o[Config::head_dim / 2 + 2 * half];
+    float const inverse = row_state.inverse_sum();
 #pragma unroll
     for (int g = 0; g < Config::head_dim / 32; ++g) {
       uint32_t x[4];
@@ -462,6 +480,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       hold(s);
       release(shared.empty[keys]);
       if (count == 1) release(shared.q_empty[q_place.slot]);
+      transform(s, a.score);
       if (masked > 0) hide<tile_k>(s, first_key, end_key, job.range.tile(0));
       raise_maxima(s, fresh, ratio, offset, a.score);
       exponentials<Config>(s, fresh, offset, a.score.factor);
@@ -507,6 +526,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       hold(s);
       release(shared.empty[keys]);
       if (i == count - 1) release(shared.q_empty[q_place.slot]);
+      transform(s, a.score);
       if constexpr (decltype(mask)::value) hide<tile_k>(s, first_key, end_key, job.range.tile(i));
       raise_maxima(s, state, ratio, offset, a.score);
       exponentials<Config>(s, state, offset, a.score.factor);
@@ -589,18 +609,22 @@ __global__ void __launch_bounds__(Config::threads, 1)
 }
 
 template <class Config>
+void launch(Arguments<typename Config::Score> const& arguments, int64_t blocks, cudaStream_t stream) {
+  auto const kernel = forward_kernel<Config>;
+  constexpr int shared_memory = sizeof(SharedMemory<Config>);
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory),
+             "preparing the sm90 kernel");
+  kernel<<<static_cast<unsigned>(blocks), Config::threads, shared_memory, stream>>>(arguments);
+  cuda_check(cudaGetLastError(), "launching the sm90 kernel");
+}
+
+template <class Config>
 void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const varlen = p.cu_seqlens_q != nullptr;
   int64_t const pack = plan.packed_heads, batch = varlen ? 1 : p.batch;
   int const queries = Config::tile_q / plan.packed_heads;
   int const groups = p.heads_q / plan.packed_heads;
-  // Where a section has several heads, its tiles are of unequal length, and it takes whole rounds of the blocks.
-  int const section_tiles = ceil_div(p.seqlen_q, queries) * plan.heads_per_section;
-  int const section_slots =
-      plan.heads_per_section == 1
-          ? section_tiles
-          : static_cast<int>(ceil_div(section_tiles, static_cast<int>(plan.blocks)) * plan.blocks);
   auto const keys = [&](Rows<const void*> const& rows) {
     // A problem without keys has nothing to describe, and nobody reads it.
     return tensor_map({rows.data != nullptr ? rows.data : p.q.data,
@@ -620,18 +644,16 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
       keys(p.k),
       keys(p.v),
       p,
-      {queries, plan.heads_per_section, groups, section_slots},
+      {queries, plan.heads_per_section, groups, plan.section_slots},
       varlen ? static_cast<uint32_t>(plan.tiles)
-             : ceil_div(groups * p.batch, plan.heads_per_section) * static_cast<uint32_t>(section_slots),
+             : ceil_div(groups * p.batch, plan.heads_per_section) * static_cast<uint32_t>(plan.section_slots),
       plan.packed_heads,
       Config::panels * plan.packed_heads * queries * row_bytes,
       Config::Score::make(p.scale, p.softcap)};
-  auto const kernel = forward_kernel<Config>;
-  constexpr int shared_memory = sizeof(SharedMemory<Config>);
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory),
-             "preparing the sm90 kernel");
-  kernel<<<static_cast<unsigned>(plan.blocks), Config::threads, shared_memory, stream>>>(arguments);
-  cuda_check(cudaGetLastError(), "launching the sm90 kernel");
+  if constexpr (Config::sums_by_product) {
+    if (p.lse != nullptr) return launch<WithLse<Config>>(arguments, plan.blocks, stream);
+  }
+  launch<Config>(arguments, plan.blocks, stream);
 }
 
 }  // namespace flashcore::sm90

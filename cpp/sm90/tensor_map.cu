@@ -37,10 +37,18 @@ CUtensorMap tensor_map(const TensorMapShape& shape) {
   cuuint32_t const box[5] = {64, static_cast<cuuint32_t>(shape.box[0]), static_cast<cuuint32_t>(shape.box[1]), 1, 1};
   cuuint32_t const steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  CUresult const status =
-      encoder()(&map, shape.dtype == float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-                const_cast<void*>(shape.data), extent, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  auto const encode = [&] {
+    return encoder()(&map, shape.dtype == float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                     5, const_cast<void*>(shape.data), extent, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode();
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has not launched yet; the runtime binds its context
+    int device = 0;
+    cuda_check(cudaGetDevice(&device), "asking for the current CUDA device");
+    cuda_check(cudaSetDevice(device), "choosing the CUDA device");
+    status = encode();
+  }
   if (status != CUDA_SUCCESS) {
     throw RuntimeError("the driver refuses to describe an array to the TMA engine (error " + std::to_string(status) +
                        ")");

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "flashcore/error.h"
+#include "flashcore/kvcache.h"
 #include "flashcore/plan.h"
 #include "flashcore/problem.h"
 #include "flashcore/tensor.h"

@@ -48,6 +48,7 @@ struct Plan {
   int64_t blocks = 0;         // of the grid, or tasks on the CPU
   int splits = 1;             // parts that the keys are divided into
   int heads_per_section = 1;  // (batch, head) pairs whose tiles are scheduled together, longest tile first
+  int section_slots = 0;      // sm90: tiles and empty places of such a section, which make whole rounds of the blocks
   int shared_memory = 0;      // bytes a block
   int64_t workspace = 0;      // bytes that the caller brings to launch()
 

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// The command peak.
+#include <cstdio>
+
+#include "commands.h"
+
+namespace flashcore::bench {
+
+int peak(const Options& options) {
+  auto const gpu = gpu_machine();
+  progress("measuring the peaks of this GPU");
+  Peak const p = measure_peak(*gpu);
+  progress("");
+  Json json = report("peak", options, *gpu);
+  json.set("peak", to_json(p));
+  std::vector<std::vector<std::string>> rows = {
+      {"multiprocessors", std::to_string(p.multiprocessors)},
+      {"clock, during mma.sync", format("%.0f MHz", p.clock_mhz) + format(" of at most %.0f", p.max_clock_mhz)},
+      {"tensor cores, mma.sync fp16", format("%.0f TFLOP/s", p.mma_tflops)}};
+  if (p.wgmma_tflops > 0) rows.push_back({"tensor cores, wgmma fp16", format("%.0f TFLOP/s", p.wgmma_tflops)});
+  rows.push_back({"memory, copy", format("%.2f TB/s", p.copy_tbytes) + ", read and written"});
+  rows.push_back({"memory, read", format("%.2f TB/s", p.read_tbytes)});
+  std::fputs(table(rows).c_str(), stdout);
+  write(options, json);
+  return 0;
+}
+
+}  // namespace flashcore::bench

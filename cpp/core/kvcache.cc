@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The extents of a KvCacheProblem and the kernel arguments made of it.
+#include "flashcore/kvcache.h"
+
+#include "core/kvcache_params.h"
+#include "core/problem_facts.h"
+
+namespace flashcore {
+namespace {
+
+int sequence_axis(const KvCacheProblem& problem) { return problem.layout == Layout::bshd ? 1 : 2; }
+
+// The problem of queries over `key` and `value`, without what is particular to a cache.
+Problem over(const KvCacheProblem& problem, const Tensor& key, const Tensor& value) {
+  Problem forward = options_of(problem);
+  forward.key = key;
+  forward.value = value;
+  return forward;
+}
+
+}  // namespace
+
+Problem options_of(const KvCacheProblem& problem) {
+  Problem options;
+  options.query = problem.query;
+  options.key = problem.key_cache;
+  options.value = problem.value_cache;
+  options.out = problem.out;
+  options.lse = problem.lse;
+  options.layout = problem.layout;
+  options.causal = problem.causal;
+  options.window_left = problem.window_left;
+  options.window_right = problem.window_right;
+  options.scale = problem.scale;
+  options.softcap = problem.softcap;
+  options.batch_invariant = problem.batch_invariant;
+  options.backend = problem.backend;
+  options.stream = problem.stream;
+  return options;
+}
+
+Sizes sizes(const KvCacheProblem& problem) {
+  Sizes s = sizes(options_of(problem));
+  if (problem.paged()) s.seqlen_k *= problem.page_table.shape[1];
+  s.total_k = 0;  // nobody's business: it is in cache_seqlens
+  return s;
+}
+
+int64_t new_tokens(const KvCacheProblem& problem) {
+  return problem.key.present() ? problem.key.shape[sequence_axis(problem)] : 0;
+}
+
+KvCacheParams kvcache_params(const KvCacheProblem& problem) {
+  Sizes const s = sizes(problem);
+  KvCacheParams p{};
+  static_cast<ForwardParams&>(p) = forward_params(options_of(problem));
+  p.seqlen_k = static_cast<int32_t>(s.seqlen_k);
+  p.batch_invariant = problem.batch_invariant;
+  p.cache_seqlens = static_cast<int32_t const*>(problem.cache_seqlens.data);
+  auto const writable = [](Rows<void const*> const& rows) {
+    return Rows<void*>{const_cast<void*>(rows.data), rows.batch_stride, rows.row_stride, rows.head_stride};
+  };
+  p.k_out = writable(p.k);
+  p.v_out = writable(p.v);
+  if (problem.paged()) {
+    Tensor const& table = problem.page_table;
+    p.page_table = static_cast<int32_t const*>(table.data);
+    p.page_table_stride = table.shape[0] > 1 ? table.stride[0] : 0;
+    p.pages = static_cast<int32_t>(problem.key_cache.shape[0]);
+    p.page_size = static_cast<int32_t>(problem.key_cache.shape[sequence_axis(problem)]);
+  }
+  if (int64_t const count = new_tokens(problem); count > 0) {
+    ForwardParams const appended = forward_params(over(problem, problem.key, problem.value));
+    p.new_tokens = static_cast<int32_t>(count);
+    p.new_k = appended.k;
+    p.new_v = appended.v;
+  }
+  return p;
+}
+
+}  // namespace flashcore

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the decode kernel divides the keys of all sequences among its blocks, and what plan() says of it: the kernel's
+own arithmetic, on the host."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+import flashcore
+from flashcore import _core
+
+TILE = 64
+UNLIMITED = -1
+
+
+def seen_tiles(length, tokens, new, left, right) -> tuple[int, int]:
+    """The tiles of the keys that some query sees."""
+    keys = length + new
+    seen = [
+        key
+        for query in range(tokens)
+        for key in range(keys)
+        if (left < 0 or key >= query + keys - tokens - left) and (right < 0 or key <= query + keys - tokens + right)
+    ]
+    return (min(seen) // TILE, max(seen) // TILE + 1) if seen else (0, 0)
+
+
+def check(lengths, capacity, tokens, new, window, lines, blocks, most_parts):
+    left, right = window
+    parts, merges = _core.decode_schedule(lengths, capacity, tokens, new, left, right, lines, blocks, most_parts)
+    clamped = [min(max(n, 0), capacity - new) for n in lengths]
+    of_item: dict[tuple[int, int], list] = {}
+    work = [0] * blocks
+    for block, sequence, line, begin, end, slot in parts:
+        of_item.setdefault((sequence, line), []).append((begin, end, slot))
+        work[block] += max(end - begin, 1) if most_parts == 0 else 1
+    assert list(of_item) == [(b, line) for b in range(len(lengths)) for line in range(lines)]  # in the line's order
+    slots = [slot for *_, slot in parts if slot >= 0]
+    assert len(slots) == len(set(slots)), "two parts share a slot"
+    most_slots = 2 * blocks if most_parts == 0 else len(lengths) * lines * most_parts
+    assert all(slot < most_slots for slot in slots)
+
+    merged = {(b, line): slots for b, line, slots in merges}
+    for (b, line), pieces in of_item.items():
+        begin, end = seen_tiles(clamped[b], tokens, new, left, right)
+        if end == 0:
+            assert pieces[0][0] == pieces[0][1] and len(pieces) == 1
+        else:
+            assert pieces[0][0] == begin and pieces[-1][1] == end
+        assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False)), "a gap between parts"
+        # Whole items are written at once; of the others the merge finds exactly their parts, in their order.
+        assert merged[b, line] == ([p[2] for p in pieces] if len(pieces) > 1 else [])
+        assert (pieces[0][2] == -1) == (len(pieces) == 1)
+    total = sum(work)
+    busy = [n for n in work if n]
+    share = -(-total // blocks)
+    assert max(busy) == share and len(busy) == -(-total // share)
+    assert max(busy) - min(busy) <= 1, "unequal shares"
+    return {item: [p[:2] for p in pieces] for item, pieces in of_item.items()}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_tile_once(device, seed):
+    rng = random.Random(seed)
+    tokens, new = rng.choice((1, 2, 5, 16)), rng.choice((0, 0, 1, 3, 70))
+    capacity = rng.choice((128, 640, 4096))
+    batch = rng.choice((1, 2, 7, 33, 70))
+    lengths = [rng.choice((0, 1, 64, rng.randrange(capacity), capacity - new)) for _ in range(batch)]
+    window = rng.choice(((UNLIMITED, UNLIMITED), (UNLIMITED, 0), (100, 0), (0, 0), (300, 20)))
+    lines, blocks = rng.choice((1, 3, 8)), rng.choice((1, 2, 13, 264))
+    check(lengths, capacity, tokens, new, window, lines, blocks, rng.choice((0, 0, 8, 128)))
+
+
+def test_lengths_are_clamped(device):
+    check([-5, 2**31 - 1, -(2**31), 100], 256, 1, 2, (UNLIMITED, 0), 2, 10, 0)
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 255, 257, 4096, 33000, 131072])
+def test_batch_invariant_parts_depend_on_the_sequence_alone(device, length):
+    """Neither on its neighbours nor on the number of blocks; and all but the last are multiples of 256 keys."""
+    alone = None
+    for others, blocks in (([], 1), ([5, 3000], 7), ([131072] * 5, 264)):
+        for position in (0, len(others)):
+            lengths = [*others[:position], length, *others[position:]]
+            parts = check_quick(lengths, 131072, blocks, position)
+            alone = alone or parts
+            assert parts == alone
+    assert all((end - begin) % 4 == 0 for begin, end in alone[:-1]) and len(alone) <= 16
+
+
+def check_quick(lengths, capacity, blocks, sequence):
+    parts, _ = _core.decode_schedule(lengths, capacity, 1, 0, -1, 0, 8, blocks, 16)
+    found = [(begin, end) for _, b, line, begin, end, _ in parts if b == sequence and line == 3]
+    return found
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+GPUS = {"h100": 132, "h200": 132, "a100": 108, "l4": 58, "rtx4090": 128, "b200": 148}
+BLOCK_BYTES = {
+    "a100": 163 << 10,
+    "l4": 99 << 10,
+    "rtx4090": 99 << 10,
+    "h100": 227 << 10,
+    "h200": 227 << 10,
+    "b200": 227 << 10,
+}
+
+
+def decode_plan(gpu, batch=1, tokens=1, heads_q=32, heads_k=8, head_dim=128, keys=4096, page_size=0, **options):
+    cache = (batch * keys // page_size, page_size, heads_k, head_dim) if page_size else (batch, keys, heads_k, head_dim)
+    if page_size:
+        options["page_table"] = (batch, keys // page_size)
+    options.setdefault("dtype", "bfloat16")
+    return flashcore.plan(
+        (batch, tokens, heads_q, head_dim), cache, cache, cache_seqlens=(batch,), device=gpu, **options
+    )
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 96, 128, 136, 192, 200, 256])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 16), (16, 8)])
+def test_plan(device, gpu, head_dim, rows):
+    tokens, group = rows
+    for page_size in (0, 16, 256):
+        p = decode_plan(gpu, 3, tokens, 2 * group, 2, head_dim, 4096, page_size)
+        assert p.backend == "sm80" and p.kernel == "sm80_decode" and p.threads == 128 and p.tile_k == TILE
+        assert p.head_dim == next(d for d in (64, 96, 128, 192, 256) if d >= head_dim)
+        assert p.packed_heads == group
+        assert p.tile_q == (32 if tokens * group > 16 and head_dim <= 128 else 16)
+        assert p.shared_memory + 1024 <= BLOCK_BYTES[gpu]
+        assert p.shared_memory >= p.tile_q * p.head_dim * 2 + 4 * 64 * p.head_dim  # queries and one stage
+        assert 1 <= p.blocks <= 2 * GPUS[gpu]
+        row_tiles = -(-tokens * group // p.tile_q)
+        assert p.tiles == 3 * 2 * row_tiles * 64
+        # Two slots a block, each of the rows' outputs and log-sum-exp.
+        assert p.workspace == 2 * p.blocks * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
+        assert gpu in p.reason
+        assert decode_plan(gpu, 3, tokens, 2 * group, 2, head_dim, 4096, page_size, dtype="float16") == p
+
+
+def test_plan_keeps_memory_busy(device):
+    """On Hopper two blocks a multiprocessor, and tiles of 64 KiB and more on their way."""
+    for head_dim in (64, 128):
+        p = decode_plan("h100", 8, head_dim=head_dim, keys=8192)
+        assert p.blocks == 2 * 132
+        assert 2 * (p.shared_memory - p.tile_q * p.head_dim * 2) >= 64 << 10
+
+
+def test_plan_without_parts(device):
+    """One block or one tile a sequence needs no workspace."""
+    assert decode_plan("h100", 1, 1, 8, 8, 64, keys=64).workspace == 0
+    assert decode_plan("h100", 500, 1, 8, 8, 64, keys=64).workspace == 0
+    assert decode_plan("h100", 1, 1, 4, 1, 64, keys=128).workspace > 0
+    assert decode_plan("h100", 0, keys=128).blocks == 0
+    assert decode_plan("h100", 1, 0, keys=128).blocks == 0
+
+
+def test_plan_batch_invariant(device):
+    """The most parts of a sequence do not depend on the batch, nor on what the cache could hold."""
+    for keys in (256, 4096, 131072):
+        plans = [decode_plan("h100", batch, keys=keys, batch_invariant=True) for batch in (1, 3, 64)]
+        assert len({p.splits for p in plans}) == 1
+        assert [
+            p.workspace // plans[0].workspace if p.workspace else batch
+            for p, batch in zip(plans, (1, 3, 64), strict=True)
+        ] == [1, 3, 64]
+        assert plans[0].splits == min(keys // 256, 16)
+        assert "length alone" in plans[0].reason
+
+
+def test_plan_on_the_cpu(device):
+    p = decode_plan("cpu", 2, dtype="float32")
+    assert p.backend == "cpu" and p.kernel == "cpu_forward" and p.workspace == 0
+    assert decode_plan("cpu", 1, keys=16384).splits == 4
+    assert decode_plan("cpu", 1, keys=16384, page_size=64).splits == 4
+    assert decode_plan("cpu", 1, keys=16384, batch_invariant=True).splits == 1
+
+
+def test_plan_refuses(device):
+    with pytest.raises(ValueError, match="backend"):
+        decode_plan("h100", backend="sm90")
+    with pytest.raises(ValueError, match="backend"):
+        decode_plan("h100", backend="cpu")
+    with pytest.raises(ValueError, match="backend"):
+        decode_plan("cpu", backend="sm80")
+    with pytest.raises(ValueError, match="page_table"):
+        flashcore.plan((1, 1, 8, 64), (1, 9, 8, 64), (1, 9, 8, 64), page_table=(1, 2), dtype="float16", device="h100")
+    with pytest.raises(ValueError, match="pages of 32"):
+        decode_plan("h100", page_size=32)
