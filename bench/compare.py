@@ -7,8 +7,8 @@
     python bench/compare.py --suite grid --peers flash cudnn fa3 --cells 60: --append    # and the other into its file
 
 Peers are PyTorch SDPA's backends (`flash`, `cudnn`, `efficient`; `sdpa` on the CPU), FlashAttention-3 (`fa3`, from the
-PyPI package fa3-fwd) and JAX's way to cuDNN (`jax`), where they are installed and can run the cell. For windows, varlen and
-causal decoding `flash` is torch.nn.attention.varlen, PyTorch's other way to the same kernels.
+PyPI package fa3-fwd) and JAX's way to cuDNN (`jax`), where they are installed and can run the cell. For windows, varlen
+and causal decoding `flash` is torch.nn.attention.varlen, PyTorch's other way to the same kernels.
 
 Correctness: on sampled rows against float64, FlashCore's largest error is at most twice the yardstick's plus 1e-5 and
 its relative Frobenius error at most 1.25 times the yardstick's plus 1e-6 (`flash`, or the best peer that ran); the
