@@ -2,9 +2,9 @@
 """A program that runs every GPU kernel that plan() can give on this device and checks the results, for
 test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that ran.
 
-    python tests/gpu_instances.py [backend ...]
+    python tests/gpu_instances.py [PART ...]
 
-Without backends: every one that the GPU has."""
+A part is a backend's forward kernels, or "decode" or "combine". Without parts: all that the GPU has."""
 
 from __future__ import annotations
 
@@ -171,10 +171,11 @@ def combine() -> set[str]:
 
 
 if __name__ == "__main__":
-    ran = combine()
-    for backend in sys.argv[1:] or backends("cuda"):
-        if backend == "sm80":
-            ran |= decode()
-        varlen(backend)
-        ran |= attention(backend)
+    ran = set()
+    for part in sys.argv[1:] or ["combine", "decode", *backends("cuda")]:
+        if part in ("combine", "decode"):
+            ran |= {"combine": combine, "decode": decode}[part]()
+        else:
+            varlen(part)
+            ran |= attention(part)
     print("\n".join(sorted(ran)))

@@ -18,11 +18,11 @@ import flashcore
 INSTANCES = {"sm80": (32, 64, 96, 128, 192, 256), "sm90": (64, 96, 128, 192, 256)}
 
 
-def run(device: str, *backends: str, **variables: str) -> list[str]:
+def run(device: str, *parts: str, **variables: str) -> list[str]:
     if device != "cuda":
         pytest.skip("the GPU's code")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("gpu_instances.py")), *backends],
+        [sys.executable, str(Path(__file__).with_name("gpu_instances.py")), *parts],
         env={**os.environ, **variables},
         timeout=300,
         capture_output=True,
@@ -51,7 +51,7 @@ def test_every_instance_of_this_gpu(device):
 
 def test_the_tiles_of_gpus_with_less_shared_memory(device):
     """FLASHCORE_PLAN_AS takes a named device's properties in place of the GPU's."""
-    ran = run(device, "sm80", FLASHCORE_PLAN_AS="rtx4090")
+    ran = run(device, "sm80", "decode", FLASHCORE_PLAN_AS="rtx4090")
     shape = (1, 512, 8, 256)
     plan = flashcore.plan(shape, shape, shape, dtype="float16", device="rtx4090")
     assert any(f"float16 head_dim 256 tile {plan.tile_q} x {plan.tile_k}" in line for line in ran)
@@ -61,7 +61,7 @@ def test_code_compiled_by_the_driver(device):
     """What runs on compute capability 10.x and 12.x: the sm80 kernels, the only ones that have PTX."""
     if not any(arch.startswith("compute_") for arch in flashcore.info()["cuda"]["archs"]):
         pytest.skip("this build carries no PTX")
-    assert run(device, "sm80", CUDA_FORCE_PTX_JIT="1")
+    assert run(device, "sm80", "decode", CUDA_FORCE_PTX_JIT="1")
 
 
 def test_planning_as_an_unknown_device_is_refused(device):
