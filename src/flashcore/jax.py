@@ -95,10 +95,12 @@ def _sections(lengths, rows):
 
 
 def _platform(array) -> str:
+    """Where the array is, and while JAX traces where it puts what nobody has placed."""
     try:
         return next(iter(array.devices())).platform
     except (AttributeError, jax.errors.ConcretizationTypeError):  # traced
-        return jax.default_backend()
+        device = jax.config.jax_default_device or jax.default_backend()
+        return device if isinstance(device, str) else device.platform
 
 
 def _why_not(query, key, value, bias, mask, scale, lengths, window, implementation) -> str | None:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs causal attention in each dtype on the CPU and compares it with plain loops in double precision, and plans for a
-// GPU that is too old and for strides that no shape has. Prints the instruction set that was chosen; exits with 1 where
-// something is wrong. Small, since it also runs on an emulated processor.
+// Runs causal attention in each dtype on the CPU and compares it with plain loops in double precision, runs it again as
+// decoding over a cache, and plans for a GPU that is too old and for strides that no shape has. Prints the instruction
+// set that was chosen; exits with 1 where something is wrong. Small, since it also runs on an emulated processor.
 #include <flashcore/flashcore.h>
 
 #include <bit>
@@ -89,13 +89,54 @@ double largest_error(flashcore::DType dtype) {
   return largest;
 }
 
+// How far decoding is from attention() over the same keys, the last ones of which it appends to its cache.
+double decoding_error(flashcore::DType dtype) {
+  constexpr int cached = keys - queries;
+  Array query(dtype, queries, 0), key(dtype, keys, 10000), value(dtype, keys, 20000);
+  Array key_cache(dtype, keys, 30000), value_cache(dtype, keys, 40000), out(dtype, queries, 0),
+      whole(dtype, queries, 0);
+  size_t const cached_bytes = key.bytes.size() / keys * cached;
+  std::memcpy(key_cache.bytes.data(), key.bytes.data(), cached_bytes);
+  std::memcpy(value_cache.bytes.data(), value.bytes.data(), cached_bytes);
+  auto const new_rows = [&](Array& array) {
+    flashcore::Tensor tensor = array.tensor();
+    tensor.data = array.bytes.data() + cached_bytes;
+    tensor.shape[1] = queries;
+    return tensor;
+  };
+  int32_t length = cached;
+  flashcore::KvCacheProblem const problem{.query = query.tensor(),
+                                          .key_cache = key_cache.tensor(),
+                                          .value_cache = value_cache.tensor(),
+                                          .cache_seqlens = {&length, flashcore::int32, {}, false, 1, {1}, {1}},
+                                          .key = new_rows(key),
+                                          .value = new_rows(value),
+                                          .out = out.tensor(),
+                                          .causal = true};
+  flashcore::validate(problem);
+  flashcore::check_values(problem);
+  flashcore::launch(problem, flashcore::plan(problem, flashcore::device_properties({})));
+  flashcore::attention(
+      {.query = query.tensor(), .key = key.tensor(), .value = value.tensor(), .out = whole.tensor(), .causal = true});
+  bool const appended = key_cache.bytes == key.bytes && value_cache.bytes == value.bytes;
+  double largest = appended ? 0 : INFINITY;
+  for (int head = 0; head < heads; ++head) {
+    for (int q = 0; q < queries; ++q) {
+      for (int d = 0; d < head_dim; ++d) {
+        largest = std::fmax(largest, std::fabs(out.at(q, head, d) - whole.at(q, head, d)));
+      }
+    }
+  }
+  return largest;
+}
+
 // A GPU before Ampere is refused, by name, when planning.
 bool refuses_old_gpu() {
   Array array(flashcore::float16, queries, 0);
   flashcore::Tensor tensor = array.tensor();
   tensor.device = {flashcore::DeviceType::cuda, 0};
   try {
-    flashcore::plan({.query = tensor, .key = tensor, .value = tensor},
+    flashcore::plan(flashcore::Problem{.query = tensor, .key = tensor, .value = tensor},
                     {"Turing", flashcore::DeviceType::cuda, 75, 68, 64 << 10, 64 << 10, 6 << 20});
   } catch (const flashcore::RuntimeError& error) {
     return std::strstr(error.what(), "Turing has compute capability 7.5") != nullptr;
@@ -143,8 +184,10 @@ int main() {
   for (auto [dtype, tolerance] :
        {std::pair{flashcore::float32, 1e-6}, {flashcore::float16, 1e-3}, {flashcore::bfloat16, 8e-3}}) {
     double const error = largest_error(dtype);
-    right = right && error <= tolerance;
-    std::printf("%s: largest error %.2g, allowed %.2g\n", flashcore::to_string(dtype).c_str(), error, tolerance);
+    double const decoding = decoding_error(dtype);
+    right = right && error <= tolerance && decoding <= tolerance;
+    std::printf("%s: largest error %.2g, of decoding beside it %.2g, allowed %.2g\n",
+                flashcore::to_string(dtype).c_str(), error, decoding, tolerance);
   }
   std::printf("instruction set: %s\n", flashcore::build_info().cpu_isa.c_str());
   return right ? 0 : 1;
