@@ -235,21 +235,33 @@ struct Lane {
   __device__ static int column() { return threadIdx.x % 4 * 2; }
 };
 
-// Sets the scores that the mask hides to −inf. first_key, end_key: what this lane's two rows see.
-template <int tile_k>
-__device__ __forceinline__ void hide(float (&s)[tile_k / 2], int const (&first_key)[2], int const (&end_key)[2],
-                                     int tile) {
+// What a lane's two rows see of a tile: columns [first, end) of the accumulator's first pair.
+struct Visible {
+  int first[2], end[2];
+};
+
+template <class Config>
+__device__ __forceinline__ Visible visible(Arguments<typename Config::Score> const& a, Job const& job, Lane lane,
+                                           int i) {
+  Visible keys;
+  int const origin = job.range.tile(i) * Config::tile_k + Lane::column();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int const first = first_key[half] - tile * tile_k - Lane::column();
-    int const end = end_key[half] - tile * tile_k - Lane::column();
+    int const row = lane.row + half * 8;
+    int const query = job.first + (a.pack == 1 ? row : row / a.pack);
+    keys.first[half] = job.mask.first_key(query) - origin;
+    keys.end[half] = job.mask.end_key(query) - origin;
+  }
+  return keys;
+}
+
+// Sets the scores that the mask hides to −inf.
+template <int n>
+__device__ __forceinline__ void hide(float (&s)[n], Visible const& keys) {
 #pragma unroll
-    for (int n = 0; n < tile_k / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (n * 8 + i < first || n * 8 + i >= end) s[4 * n + 2 * half + i] = minus_infinity();
-      }
-    }
+  for (int i = 0; i < n; ++i) {
+    int const column = i / 4 * 8 + i % 2, half = i / 2 % 2;
+    if (column < keys.first[half] || column >= keys.end[half]) s[i] = minus_infinity();
   }
 }
 
@@ -484,20 +496,13 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     // Rows behind the sequence's end are in the tile only where another sequence, or none, follows in the same array.
     int const tail =
         a.p.cu_seqlens_k != nullptr ? min_of(tile_k, job.work.seqlen_k - job.range.tile(0) * tile_k) : tile_k;
-    int first_key[2], end_key[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const row = lane.row + half * 8;
-      int const query = job.first + (a.pack == 1 ? row : row / a.pack);
-      first_key[half] = job.mask.first_key(query);
-      end_key[half] = job.mask.end_key(query);
-    }
     float ratio[2], offset[2];
 
     // The first tile's scores, with the last output of the job before where one is left.
     auto const first_step = [&](auto with_output) {
       constexpr bool finishes = decltype(with_output)::value;
       SoftmaxRow fresh[2];
+      Visible const seen = visible<Config>(a, job, lane, 0);
       int const keys = place.slot;
       if (finishes && waiting.tail < tile_k) {
         RingPlace<Config::slots> ragged = place;
@@ -520,7 +525,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       release(shared.empty[keys]);
       if (count == 1) release(shared.q_empty[q_place.slot]);
       transform(s, a.score);
-      if (masked > 0) hide<tile_k>(s, first_key, end_key, job.range.tile(0));
+      if (masked > 0) hide(s, seen);
       raise_maxima(s, fresh, ratio, offset, a.score);
       exponentials<Config>(s, fresh, offset, a.score.factor);
       if constexpr (finishes) {
@@ -550,6 +555,9 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
 
     // The others: scores of this tile, output of the one before, softmax of this one meanwhile.
     auto const step = [&](int i, auto mask) {
+      constexpr bool masks = decltype(mask)::value;
+      Visible seen;
+      if constexpr (masks) seen = visible<Config>(a, job_of<Config>(a, shared.work[q_place.parity()]), lane, i);
       int const keys = place.slot;
       take_turn();
       shared.full[keys].wait(place.phase);
@@ -565,7 +573,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       release(shared.empty[keys]);
       if (i == count - 1) release(shared.q_empty[q_place.slot]);
       transform(s, a.score);
-      if constexpr (decltype(mask)::value) hide<tile_k>(s, first_key, end_key, job.range.tile(i));
+      if constexpr (masks) hide(s, seen);
       raise_maxima(s, state, ratio, offset, a.score);
       exponentials<Config>(s, state, offset, a.score.factor);
       cute::warpgroup_wait<0>();
