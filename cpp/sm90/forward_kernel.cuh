@@ -89,8 +89,7 @@ struct Arguments {
   CUtensorMap q, k, v;
   ForwardParams p;
   TileScheduler<true> scheduler;
-  uint32_t tiles;       // that the scheduler numbers
-  uint32_t* next_tile;  // zero before the launch: tiles go to whoever is free; null: each block has its own
+  uint32_t tiles;  // that the scheduler numbers
   int pack;        // query heads of one key head whose rows share a tile
   int q_bytes;     // that TMA brings for a tile of queries
   Score score;
@@ -142,7 +141,7 @@ constexpr uint64_t keep_in_l2 = 0x14f0000000000000, drop_from_l2 = 0x12f00000000
 // each gets as many long as short ones.
 template <class Score>
 __device__ __forceinline__ uint32_t next_tile(Arguments<Score> const& a, uint32_t index) {
-  if (a.next_tile != nullptr) return gridDim.x + atomicAdd(a.next_tile, 1);
+  if (a.p.next_tile != nullptr) return gridDim.x + atomicAdd(a.p.next_tile, 1);
   uint32_t const row = index / gridDim.x + 1;
   return row * gridDim.x + (row & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
@@ -666,7 +665,7 @@ void launch(Arguments<typename Config::Score> const& arguments, int64_t blocks, 
 }
 
 template <class Config>
-void run_forward(ForwardParams const& p, Plan const& plan, void* workspace, cudaStream_t stream) {
+void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const varlen = p.cu_seqlens_q != nullptr;
   int64_t const pack = plan.packed_heads, batch = varlen ? 1 : p.batch;
@@ -694,13 +693,9 @@ void run_forward(ForwardParams const& p, Plan const& plan, void* workspace, cuda
       {queries, plan.heads_per_section, groups, plan.section_slots},
       varlen ? static_cast<uint32_t>(plan.tiles)
              : ceil_div(groups * p.batch, plan.heads_per_section) * static_cast<uint32_t>(plan.section_slots),
-      static_cast<uint32_t*>(workspace),
       plan.packed_heads,
       Config::panels * plan.packed_heads * queries * row_bytes,
       Config::Score::make(p.scale, p.softcap)};
-  if (workspace != nullptr) {
-    cuda_check(cudaMemsetAsync(workspace, 0, sizeof(uint32_t), stream), "clearing the sm90 kernel's tile counter");
-  }
   if constexpr (Config::sums_by_product) {
     if (p.lse != nullptr) return launch<WithLse<Config>>(arguments, plan.blocks, stream);
   }
