@@ -84,12 +84,14 @@ def attention(backend: str, seed: int = 0) -> set[str]:
 
 
 def varlen(backend: str) -> None:
-    """Sequences of all kinds of lengths, with NaN past the used keys and behind the last sequence."""
+    """Sequences of all kinds of lengths, with NaN past the used keys and behind the last sequence: a few tiles, and so
+    many (40 key heads) that blocks get several."""
     batch = [(1, 1), (0, 0), (130, 130), (64, 200), (257, 40), (0, 9), (20, 0)]
     used = [1, 0, 100, 200, 39, 5, 0]
-    for seed, (head_dim, group) in enumerate([*((d, 2) for d in HEAD_DIMS), (64, 3), (128, 4)]):
+    few = [*((d, 2, 2) for d in HEAD_DIMS), (64, 3, 2), (128, 4, 2)]
+    for seed, (head_dim, group, heads_k) in enumerate([*few, *((d, 1, 40) for d in HEAD_DIMS)]):
         dtype, options = DTYPES[seed % 2], (PLAIN, Options(causal=True), Options(window=(40, 9)))[seed % 3]
-        tensors, cu_q, cu_k = make(cpu, batch, 2 * group, 2, head_dim, dtype, seed, tail_q=5, tail_k=70)
+        tensors, cu_q, cu_k = make(cpu, batch, heads_k * group, heads_k, head_dim, dtype, seed, tail_q=5, tail_k=70)
         for a in tensors[1:]:
             for begin, end, count in zip(cu_k, cu_k[1:], used, strict=False):
                 a[begin + count : end] = float("nan")

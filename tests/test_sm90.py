@@ -265,6 +265,16 @@ class TestBothMachinesVarlen:
                 assert target.surroundings_intact()
 
 
+UNEVEN = [((i * 37) % 400, (i * 53) % 300 * (i % 7 > 0)) for i in range(60)]
+
+
+def uneven_plan(tensors):
+    cu = (len(UNEVEN) + 1,)
+    shapes = [tuple(a.shape) for a in tensors]
+    options = {"dtype": "float16", "device": "cuda", "backend": "sm90"}
+    return flashcore.plan(*shapes, cu_seqlens_q=cu, cu_seqlens_k=cu, **options)
+
+
 class TestPersistentBlocks:
     """More tiles than blocks: each block runs several, and carries nothing from one to the next."""
 
@@ -277,11 +287,42 @@ class TestPersistentBlocks:
         for options in (Options(), Options(causal=True), Options(window=(64, 64))):
             both(arrays, *tensors, options)
 
-    def test_many_tiles_of_variable_lengths(self, arrays):
-        batch = [((i * 37) % 400, (i * 53) % 300) for i in range(60)]
-        tensors, cu_q, cu_k = make(arrays, batch, 12, 4, 128, "bfloat16", 3, tail_q=300, tail_k=5)
+    @pytest.mark.parametrize("head_dim", INSTANCES)
+    def test_many_tiles_of_variable_lengths(self, arrays, head_dim):
+        """The blocks draw their tiles from a counter; some tiles have no keys, some indices no tile."""
+        tensors, cu_q, cu_k = make(arrays, UNEVEN, 12, 4, head_dim, "bfloat16", 3, tail_q=300, tail_k=5)
+        assert uneven_plan(tensors).workspace > 0
         for options in (Options(), Options(causal=True)):
             both_varlen(arrays, tensors, cu_q, cu_k, options)
+
+    @pytest.mark.parametrize("head_dim", INSTANCES)
+    def test_whoever_runs_a_tile_gives_the_same_bits(self, arrays, head_dim):
+        """Calls in a row, on two streams at once, and in two graphs replayed at once: each has a counter of its own."""
+        tensors, cu_q, cu_k = make(arrays, UNEVEN, 12, 4, head_dim, "float16", 7)
+        assert uneven_plan(tensors).workspace > 0
+        cu = arrays.int32(cu_q), arrays.int32(cu_k)
+
+        def call():
+            return flashcore.attention_varlen(*tensors, *cu, causal=True, backend="sm90")
+
+        first = call()
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        graphs = []
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                out = call()
+            graphs.append((graph, out))
+        torch.cuda.synchronize()
+        results = []
+        for _ in range(20):
+            for stream, (graph, _) in zip(streams, graphs, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(call())
+                    graph.replay()
+        torch.cuda.synchronize()
+        assert all(arrays.same_bits(first, out) for out in results + [out for _, out in graphs])
 
     @pytest.mark.parametrize("head_dim", INSTANCES)
     def test_a_nan_does_not_outlive_its_tile(self, arrays, head_dim):

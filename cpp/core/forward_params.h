@@ -42,6 +42,8 @@ struct ForwardParams {
 
   float scale;    // of the scores, any sign
   float softcap;  // 0: off
+
+  uint32_t* next_tile = nullptr;  // sm90: counts the tiles that free blocks have taken, from zero; or null
 };
 
 // Fills the parameters of a problem that has passed validate().

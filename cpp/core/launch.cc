@@ -14,7 +14,7 @@
 
 namespace flashcore {
 
-void launch(const Problem& problem, const Plan& plan, void* /*workspace*/) {
+void launch(const Problem& problem, const Plan& plan, [[maybe_unused]] void* workspace) {
   if (plan.blocks == 0) return;  // no queries
   ForwardParams const params = forward_params(problem);
   DType const dtype = problem.query.dtype;
@@ -32,7 +32,7 @@ void launch(const Problem& problem, const Plan& plan, void* /*workspace*/) {
 #if FLASHCORE_HAS_SM90
     case Backend::sm90: {
       CurrentDevice const current(problem.query.device.index);
-      sm90::forward(params, dtype, plan, problem.stream);
+      sm90::forward(params, dtype, plan, workspace, problem.stream);
       return;
     }
 #endif

@@ -223,6 +223,8 @@ Plan plan_sm90(const Problem& problem, const DeviceProperties& device) {
   plan.shared_memory = tile->shared_memory();
   plan.tiles = chosen.tiles;
   plan.blocks = std::min<int64_t>(plan.tiles, int64_t{device.units});
+  // The counter that hands out tiles, where a block gets several: how uneven sequences are is not known here.
+  if (problem.varlen() && plan.tiles > 2 * plan.blocks) plan.workspace = 16;
   int64_t const group = s.heads_k == 0 ? 1 : s.heads_q / s.heads_k;
   int64_t const pairs = s.batch * s.heads_q / plan.packed_heads;
   set_sections(plan, problem, heads_per_section(problem, device, pairs, group / plan.packed_heads), pairs);

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "core/cuda_check.h"
 #include "flashcore/error.h"
 #include "sm90/sm90.h"
 
@@ -31,8 +32,12 @@ bool run(ForwardParams const& params, Plan const& plan, cudaStream_t stream) {
 
 }  // namespace
 
-void forward(const ForwardParams& params, DType dtype, const Plan& plan, void* stream) {
+void forward(ForwardParams params, DType dtype, const Plan& plan, void* workspace, void* stream) {
   auto const s = static_cast<cudaStream_t>(stream);
+  if (plan.workspace > 0 && workspace != nullptr) {
+    params.next_tile = static_cast<uint32_t*>(workspace);
+    cuda_check(cudaMemsetAsync(workspace, 0, sizeof(uint32_t), s), "clearing the sm90 kernel's counter of tiles");
+  }
   bool const found = dtype == float16 ? run<__half>(params, plan, s) : run<__nv_bfloat16>(params, plan, s);
   if (!found) throw RuntimeError("the plan names no sm90 kernel of this build; plan() makes plans that do");
 }

@@ -52,7 +52,7 @@ struct ForwardConfig {
 
   // Registers a thread: an even share at launch, of which the producer warpgroup gives away most.
   static constexpr int launch_registers = 512 / (1 + warpgroups) / 8 * 8;
-  static constexpr int producer_registers = 24;
+  static constexpr int producer_registers = warpgroups == 2 ? 40 : 32;
   static constexpr int consumer_registers =
       (launch_registers * (1 + warpgroups) - producer_registers) / warpgroups / 8 * 8;
 };
@@ -66,11 +66,20 @@ struct WithLse : Config {
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
+// A tile of values: its first row in the array.
+struct TilePlace {
+  int row, head, sequence;
+};
+
 template <class Config>
 struct SharedMemory {
   alignas(1024) char q[Config::q_buffers][Config::q_bytes];
   alignas(1024) char kv[Config::slots][Config::kv_bytes];
   alignas(1024) char ones[Config::sums_by_product ? Config::kv_panel : 16];
+  Work work[2];  // what the queries are for, of every other job in the same place
+  // The producer's own, for which it has no registers left: its tile, and the values to be loaded next, or row −1.
+  uint32_t tile;
+  TilePlace values;
   Barrier q_full[Config::q_buffers], q_empty[Config::q_buffers];
   Barrier full[Config::slots], empty[Config::slots];
 };
@@ -98,6 +107,9 @@ struct RingPlace {
       phase ^= 1;
     }
   }
+
+  // With one or two slots: 0 and 1 in turn.
+  __device__ __forceinline__ int parity() const { return slots == 1 ? phase : slot; }
 };
 
 // A tile of queries: row r is query first + r / pack of head `work.head` · pack + r % pack.
@@ -108,23 +120,15 @@ struct Job {
   int first, queries;
 };
 
-// The blocks stay and take tiles in turn, forwards and backwards like a plough, so that each gets as many long as short
-// ones. Calls each(job) for this block's tiles.
-template <class Config, class Each>
-__device__ __forceinline__ void for_each_job(Arguments<typename Config::Score> const& a, Each each) {
-  uint32_t row = 0;
-#pragma unroll 1
-  for (uint32_t start = 0; start < a.tiles; start += gridDim.x, ++row) {
-    uint32_t const index = start + (row & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    Job job;
-    if (index >= a.tiles || !a.scheduler.work(a.p, index, job.work)) continue;
-    Work const& work = job.work;
-    job.first = work.tile * a.scheduler.tile_q;
-    job.queries = min_of(a.scheduler.tile_q, work.seqlen_q - job.first);
-    job.mask = Mask::make(work.seqlen_q, work.seqlen_k, a.p.window_left, a.p.window_right);
-    job.range = job.mask.key_range(job.first, job.first + job.queries, Config::tile_k);
-    each(job);
-  }
+template <class Config>
+__device__ __forceinline__ Job job_of(Arguments<typename Config::Score> const& a, Work const& work) {
+  Job job;
+  job.work = work;
+  job.first = work.tile * a.scheduler.tile_q;
+  job.queries = min_of(a.scheduler.tile_q, work.seqlen_q - job.first);
+  job.mask = Mask::make(work.seqlen_q, work.seqlen_k, a.p.window_left, a.p.window_right);
+  job.range = job.mask.key_range(job.first, job.first + job.queries, Config::tile_k);
+  return job;
 }
 
 // --- the producer ----------------------------------------------------------------------------------------------------
@@ -132,8 +136,18 @@ __device__ __forceinline__ void for_each_job(Arguments<typename Config::Score> c
 // What TMA tells the L2 cache: keys and values will be read again by other blocks, queries will not.
 constexpr uint64_t keep_in_l2 = 0x14f0000000000000, drop_from_l2 = 0x12f0000000000000;
 
-// One thread: asks for each job's queries and, as the slots empty, for its tiles of keys and values, in the order in
-// which the consumers need them: K0 K1 V0 K2 V1 ... V(last).
+// The block's next tile after `index`. The blocks stay; where tiles can be as uneven as sequences are, a counter gives
+// each free block the next one, and otherwise they take tiles in turn, forwards and backwards like a plough, so that
+// each gets as many long as short ones.
+template <class Score>
+__device__ __forceinline__ uint32_t next_tile(Arguments<Score> const& a, uint32_t index) {
+  if (a.p.next_tile != nullptr) return gridDim.x + atomicAdd(a.p.next_tile, 1);
+  uint32_t const row = index / gridDim.x + 1;
+  return row * gridDim.x + (row & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// One thread: tells the consumers each job, asks for its queries and, as the slots empty, for its tiles of keys and
+// values, in the order in which the consumers need them: K0 K1 V0 K2 V1 ... V(last).
 template <class Config>
 __device__ __forceinline__ void produce(Arguments<typename Config::Score> const& a, SharedMemory<Config>& shared) {
   RingPlace<Config::slots> place;
@@ -150,43 +164,55 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
     }
     place.advance();
   };
-  // The last tile of values of a job comes after the first tile of keys of the next.
-  int last_row = -1, last_head = 0, last_sequence = 0;
-  for_each_job<Config>(a, [&](Job const& job) {
+  // Values come a tile later than their keys: the last ones of a job, where pipelined, after the next job's first keys.
+  shared.values.row = -1;
+  auto const load_values = [&] {
+    TilePlace const& values = shared.values;
+    if (values.row < 0) return;
+    load(a.v, values.row, values.head, values.sequence);
+    shared.values.row = -1;
+  };
+  auto const post = [&](Work const& work, int bytes) {
+    shared.q_empty[q_place.slot].wait(q_place.phase ^ 1);
+    shared.work[q_place.parity()] = work;
+    shared.q_full[q_place.slot].arrive_and_expect_tx(bytes);
+  };
+#pragma unroll 1
+  for (shared.tile = blockIdx.x; shared.tile / gridDim.x * gridDim.x < a.tiles;
+       shared.tile = next_tile(a, shared.tile)) {
+    Work work;
+    if (shared.tile >= a.tiles || !a.scheduler.work(a.p, shared.tile, work)) continue;
+    Job const job = job_of<Config>(a, work);
     KeyRange const& range = job.range;
     int const count = range.count();
-    if (count == 0) return;
-    Work const& work = job.work;
+    post(work, count == 0 ? 0 : a.q_bytes);
+    if (count == 0) {
+      q_place.advance();
+      continue;
+    }
     int const sequence = a.p.cu_seqlens_q ? 0 : work.sequence;
     int const head_k = a.pack == a.p.group ? work.head : work.head * a.pack / a.p.group;
     auto const row = [&](int i) { return work.k_begin + range.tile(i) * Config::tile_k; };
 
-    Barrier& q_full = shared.q_full[q_place.slot];
-    shared.q_empty[q_place.slot].wait(q_place.phase ^ 1);
-    q_full.arrive_and_expect_tx(a.q_bytes);
 #pragma unroll
     for (int panel = 0; panel < Config::panels; ++panel) {
-      cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&q_full), drop_from_l2,
+      cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&shared.q_full[q_place.slot]), drop_from_l2,
                                    shared.q[q_place.slot] + panel * Config::q_panel, panel * panel_columns, 0,
                                    work.q_begin + job.first, work.head, sequence);
     }
     q_place.advance();
-    load(a.k, row(0), head_k, sequence);
-    if (Config::pipelined && last_row >= 0) load(a.v, last_row, last_head, last_sequence);
 #pragma unroll 1
-    for (int i = 1; i < count; ++i) {
+    for (int i = 0; i < count; ++i) {
       load(a.k, row(i), head_k, sequence);
-      load(a.v, row(i - 1), head_k, sequence);
+      load_values();
+      shared.values = {row(i), head_k, sequence};
     }
-    if (Config::pipelined) {
-      last_row = row(count - 1);
-      last_head = head_k;
-      last_sequence = sequence;
-    } else {
-      load(a.v, row(count - 1), head_k, sequence);
-    }
-  });
-  if (Config::pipelined && last_row >= 0) load(a.v, last_row, last_head, last_sequence);
+    if (!Config::pipelined) load_values();
+  }
+  if (Config::pipelined) load_values();
+  Work end;
+  end.tile = -1;
+  post(end, 0);
 }
 
 // --- the consumers ---------------------------------------------------------------------------------------------------
@@ -208,21 +234,33 @@ struct Lane {
   __device__ static int column() { return threadIdx.x % 4 * 2; }
 };
 
-// Sets the scores that the mask hides to −inf. first_key, end_key: what this lane's two rows see.
-template <int tile_k>
-__device__ __forceinline__ void hide(float (&s)[tile_k / 2], int const (&first_key)[2], int const (&end_key)[2],
-                                     int tile) {
+// What a lane's two rows see of a tile: columns [first, end) of the accumulator's first pair.
+struct Visible {
+  int first[2], end[2];
+};
+
+template <class Config>
+__device__ __forceinline__ Visible visible(Arguments<typename Config::Score> const& a, Job const& job, Lane lane,
+                                           int i) {
+  Visible keys;
+  int const origin = job.range.tile(i) * Config::tile_k + Lane::column();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int const first = first_key[half] - tile * tile_k - Lane::column();
-    int const end = end_key[half] - tile * tile_k - Lane::column();
+    int const row = lane.row + half * 8;
+    int const query = job.first + (a.pack == 1 ? row : row / a.pack);
+    keys.first[half] = job.mask.first_key(query) - origin;
+    keys.end[half] = job.mask.end_key(query) - origin;
+  }
+  return keys;
+}
+
+// Sets the scores that the mask hides to −inf.
+template <int n>
+__device__ __forceinline__ void hide(float (&s)[n], Visible const& keys) {
 #pragma unroll
-    for (int n = 0; n < tile_k / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (n * 8 + i < first || n * 8 + i >= end) s[4 * n + 2 * half + i] = minus_infinity();
-      }
-    }
+  for (int i = 0; i < n; ++i) {
+    int const column = i / 4 * 8 + i % 2, half = i / 2 % 2;
+    if (column < keys.first[half] || column >= keys.end[half]) s[i] = minus_infinity();
   }
 }
 
@@ -288,6 +326,11 @@ struct JobPlace {
   int sequence, head, first, queries;
   int tail;  // rows of the tile of values that waits; fewer than tile_k where the others have to be cleared
 };
+
+template <class Config>
+__device__ __forceinline__ JobPlace place_of(Job const& job) {
+  return {job.work.sequence, job.work.head, job.work.q_begin + job.first, job.queries, Config::tile_k};
+}
 
 // One of a job's rows in the output.
 template <class Config>
@@ -435,30 +478,30 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   bool pending = false;  // a job whose last tile of weights waits for its product with the values
   JobPlace waiting;
 
-  for_each_job<Config>(a, [&](Job const& job) {
+#pragma unroll 1
+  while (true) {
+    shared.q_full[q_place.slot].wait(q_place.phase);
+    Work const work = shared.work[q_place.parity()];
+    if (work.tile < 0) break;
+    Job const job = job_of<Config>(a, work);
     int const count = job.range.count(), masked = job.range.masked();
-    JobPlace const here{job.work.sequence, job.work.head, job.work.q_begin + job.first, job.queries, tile_k};
     if (count == 0) {
-      store_nothing<Config>(a, here, lane);
-      return;
+      store_nothing<Config>(a, place_of<Config>(job), lane);
+      __syncwarp();
+      release(shared.q_empty[q_place.slot]);
+      q_place.advance();
+      continue;
     }
     // Rows behind the sequence's end are in the tile only where another sequence, or none, follows in the same array.
     int const tail =
         a.p.cu_seqlens_k != nullptr ? min_of(tile_k, job.work.seqlen_k - job.range.tile(0) * tile_k) : tile_k;
-    int first_key[2], end_key[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const row = lane.row + half * 8;
-      int const query = job.first + (a.pack == 1 ? row : row / a.pack);
-      first_key[half] = job.mask.first_key(query);
-      end_key[half] = job.mask.end_key(query);
-    }
     float ratio[2], offset[2];
 
     // The first tile's scores, with the last output of the job before where one is left.
     auto const first_step = [&](auto with_output) {
       constexpr bool finishes = decltype(with_output)::value;
       SoftmaxRow fresh[2];
+      Visible const seen = visible<Config>(a, job, lane, 0);
       int const keys = place.slot;
       if (finishes && waiting.tail < tile_k) {
         RingPlace<Config::slots> ragged = place;
@@ -481,7 +524,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       release(shared.empty[keys]);
       if (count == 1) release(shared.q_empty[q_place.slot]);
       transform(s, a.score);
-      if (masked > 0) hide<tile_k>(s, first_key, end_key, job.range.tile(0));
+      if (masked > 0) hide(s, seen);
       raise_maxima(s, fresh, ratio, offset, a.score);
       exponentials<Config>(s, fresh, offset, a.score.factor);
       if constexpr (finishes) {
@@ -497,7 +540,6 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
 #pragma unroll
       for (int i = 0; i < tile_k / 4; ++i) weights[i] = Precision<Element>::pack(s[2 * i], s[2 * i + 1]);
     };
-    shared.q_full[q_place.slot].wait(q_place.phase);
     if (Config::pipelined && pending) {
       first_step(std::bool_constant<Config::pipelined>{});
     } else {
@@ -512,6 +554,9 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
 
     // The others: scores of this tile, output of the one before, softmax of this one meanwhile.
     auto const step = [&](int i, auto mask) {
+      constexpr bool masks = decltype(mask)::value;
+      Visible seen;
+      if constexpr (masks) seen = visible<Config>(a, job_of<Config>(a, shared.work[q_place.parity()]), lane, i);
       int const keys = place.slot;
       take_turn();
       shared.full[keys].wait(place.phase);
@@ -527,7 +572,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       release(shared.empty[keys]);
       if (i == count - 1) release(shared.q_empty[q_place.slot]);
       transform(s, a.score);
-      if constexpr (decltype(mask)::value) hide<tile_k>(s, first_key, end_key, job.range.tile(i));
+      if constexpr (masks) hide(s, seen);
       raise_maxima(s, state, ratio, offset, a.score);
       exponentials<Config>(s, state, offset, a.score.factor);
       cute::warpgroup_wait<0>();
@@ -543,12 +588,11 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     for (; i < masked; ++i) step(i, std::true_type{});
 #pragma unroll 1
     for (; i < count; ++i) step(i, std::false_type{});
-    q_place.advance();
 
     if constexpr (Config::pipelined) {
       pending = true;
-      waiting = here;
-      waiting.tail = count == 1 ? tail : tile_k;
+      waiting = place_of<Config>(job);
+      if (count == 1) waiting.tail = tail;
     } else {
       shared.full[place.slot].wait(place.phase);
       issue_output(place.slot);
@@ -556,9 +600,11 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       hold(o);
       release(shared.empty[place.slot]);
       place.advance();
-      store<Config>(a, here, lane, o, state);
+      // From shared memory again: these do not stay in registers during the loop.
+      store<Config>(a, place_of<Config>(job_of<Config>(a, shared.work[q_place.parity()])), lane, o, state);
     }
-  });
+    q_place.advance();
+  }
 
   if (Config::pipelined && pending) {
     if (waiting.tail < tile_k) clear_tail(place, waiting.tail);

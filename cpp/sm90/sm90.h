@@ -8,7 +8,8 @@
 
 namespace flashcore::sm90 {
 
-// Launches `plan` on the current device. Asynchronous. Throws RuntimeError when the launch fails.
-void forward(const ForwardParams& params, DType dtype, const Plan& plan, void* stream);
+// Launches `plan` on the current device. `workspace`: plan.workspace bytes there, or null, as in launch().
+// Asynchronous. Throws RuntimeError when the launch fails.
+void forward(ForwardParams params, DType dtype, const Plan& plan, void* workspace, void* stream);
 
 }  // namespace flashcore::sm90

@@ -30,12 +30,13 @@ void check_values(const Problem& problem);
 Plan plan(const Problem& problem, const DeviceProperties& device);
 
 // Runs the plan on the problem's device and stream: asynchronous on CUDA, complete on return on the CPU. Allocates
-// nothing; `workspace` holds plan.workspace bytes on the device. Throws RuntimeError when the launch fails.
+// nothing; `workspace` holds plan.workspace bytes on the device, which no other call may use until the stream has
+// passed this one; null gives the same result, with tiles of uneven length spread less evenly over the multiprocessors.
+// Throws RuntimeError when the launch fails.
 void launch(const Problem& problem, const Plan& plan, void* workspace = nullptr);
 void launch(const CombineProblem& problem);
 
-// validate, check_values (CPU arrays, or FLASHCORE_CHECK=1), plan and launch in one call, for problems whose plan needs
-// no workspace (all of them at present).
+// validate, check_values (CPU arrays, or FLASHCORE_CHECK=1), plan and launch without a workspace in one call.
 void attention(const Problem& problem);
 
 // Whether FLASHCORE_CHECK=1 asks for check_values on CUDA arrays.
