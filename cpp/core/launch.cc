@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a Plan to a kernel: the one switch over machines.
+#include <string_view>
+
 #include "core/forward_params.h"
 #include "core/kvcache_params.h"
 #include "cpu/cpu.h"
@@ -32,7 +34,8 @@ void launch(const Problem& problem, const Plan& plan, void* /*workspace*/) {
 #if FLASHCORE_HAS_SM90
     case Backend::sm90: {
       CurrentDevice const current(problem.query.device.index);
-      sm90::forward(params, dtype, plan, problem.stream);
+      auto const run = std::string_view(plan.kernel) == "sm90_small" ? sm90::small : sm90::forward;
+      run(params, dtype, plan, problem.stream);
       return;
     }
 #endif

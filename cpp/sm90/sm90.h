@@ -11,4 +11,7 @@ namespace flashcore::sm90 {
 // Launches `plan` on the current device. Asynchronous. Throws RuntimeError when the launch fails.
 void forward(const ForwardParams& params, DType dtype, const Plan& plan, void* stream);
 
+// The same for a plan of the kernel for small problems, "sm90_small".
+void small(const ForwardParams& params, DType dtype, const Plan& plan, void* stream);
+
 }  // namespace flashcore::sm90
