@@ -79,7 +79,10 @@ struct Part {
   Mask mask;
   KeyRange range;
   int begin, count;
-  int parts;  // blocks of the cluster that have keys
+  int share;  // chunks of each of the cluster's blocks, but for those at the end
+
+  // Whether the cluster's block `rank` has keys.
+  __device__ __forceinline__ bool has_keys(int rank) const { return rank * share < range.count(); }
 };
 
 // --- shared memory ---------------------------------------------------------------------------------------------------
@@ -130,10 +133,9 @@ __device__ __forceinline__ Part this_part(SmallArguments<Score> const& a, JobPla
   Part part;
   part.mask = Mask::make(a.p.seqlen_q, a.p.seqlen_k, a.p.window_left, a.p.window_right);
   part.range = part.mask.key_range(job.first, job.first + job.queries, SmallTile::chunk);
-  int const count = part.range.count(), share = (count + a.splits - 1) >> a.log_splits;
-  part.begin = part.range.begin + rank * share;
-  part.count = clamp_to(part.range.end - part.begin, 0, share);
-  part.parts = share == 0 ? 0 : ceil_div(count, share);
+  part.share = (part.range.count() + a.splits - 1) >> a.log_splits;
+  part.begin = part.range.begin + rank * part.share;
+  part.count = clamp_to(part.range.end - part.begin, 0, part.share);
   return part;
 }
 
@@ -309,12 +311,16 @@ __device__ __forceinline__ void send(SmallMemory<Config> const& shared, int rank
 
 // Adds what the other blocks sent of this lane's row `half` to its own, in the order of the keys but for its own part.
 template <class Config>
-__device__ __forceinline__ void merge(SmallMemory<Config> const& shared, int rank, int parts, Lane lane, int half,
-                                      float factor, Partial<Config>& partial) {
+__device__ __forceinline__ void merge(SmallMemory<Config> const& shared, int rank, Lane lane, int half, float factor,
+                                      Partial<Config>& partial) {
   int const thread = threadIdx.x % 32;
   int const index = band_of<Config>(shared.a, lane, half).index;
-  // The last ones may have had no keys, and sent nothing.
-  int const senders = rank < parts ? parts - 1 : parts;
+  // The last blocks may have had no keys, and sent nothing.
+  int senders = 0;
+#pragma unroll
+  for (int other = 0; other < SmallTile::most_splits; ++other) {
+    senders += other < shared.a.splits && other != rank && shared.part().has_keys(other);
+  }
   auto const row = [&](int sender) {
     auto const* const sent = reinterpret_cast<float2 const*>(shared.rows(band_place<Config>(shared.a, sender, index))) +
                        thread / 4;
@@ -368,7 +374,7 @@ __device__ __forceinline__ void finish(SmallArguments<typename Config::Score> co
   for (int half = 0; half < 2; ++half) {
     if (divided) {
       if (band_of<Config>(a, lane, half).owner != rank) continue;
-      merge<Config>(shared, rank, shared.part().parts, lane, half, a.score.factor, partial);
+      merge<Config>(shared, rank, lane, half, a.score.factor, partial);
     }
     SoftmaxRow const& state = partial.state[half];
     OutputRow<Config> const row(a, job, lane.row + half * 8);
