@@ -18,10 +18,10 @@ namespace {
 
 template <class Element>
 bool run(ForwardParams const& params, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_SMALL_TILE(D, W, B, plain)                                   \
-  if (plan.head_dim == D && plan.tile_q == 64 * W && plan.plain_score == plain) {   \
-    run_small<SmallConfig<Element, D, W, B, plain>>(params, plan, stream);          \
-    return true;                                                                    \
+#define FLASHCORE_SM90_SMALL_TILE(D, W, B, plain)                                 \
+  if (plan.head_dim == D && plan.tile_q == 64 * W && plan.plain_score == plain) { \
+    run_small<SmallConfig<Element, D, W, B, plain>>(params, plan, stream);        \
+    return true;                                                                  \
   }
 #include "sm90/small_tiles.inc"
 #undef FLASHCORE_SM90_SMALL_TILE

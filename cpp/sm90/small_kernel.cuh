@@ -73,8 +73,8 @@ __device__ __forceinline__ void wait_for_prerequisites() { asm volatile("griddep
 
 // --- what a block does -----------------------------------------------------------------------------------------------
 
-// The chunks of keys [begin, begin + count) of this block. The chunks that a tile sees are divided evenly. Lies in shared
-// memory: kept in registers over the products, its numbers would make them spill.
+// The chunks of keys [begin, begin + count) of this block. The chunks that a tile sees are divided evenly. Lies in
+// shared memory: kept in registers over the products, its numbers would make them spill.
 struct Part {
   Mask mask;
   KeyRange range;
@@ -88,7 +88,8 @@ struct Part {
 // --- shared memory ---------------------------------------------------------------------------------------------------
 
 // Queries, keys and values in panels of 64 columns; what other blocks send, in the order of the senders but for this
-// block: for each sender bands of this block's rows, as the lanes hold them, and behind all of them the maxima and sums.
+// block: for each sender bands of this block's rows, as the lanes hold them, and behind all of them the maxima and
+// sums.
 template <class Config>
 struct SmallMemory {
   char* base;
@@ -115,8 +116,8 @@ __device__ __forceinline__ uint32_t address_of(void const* shared) { return cute
 // --- the block's part ------------------------------------------------------------------------------------------------
 
 // This block's tile of queries, and its rank in the cluster that shares it. The grid is (blocks of a cluster · heads,
-// tiles, sequences), and the tiles with the most keys come first within a sequence. Read anew from the special registers
-// at each call, for the same reason.
+// tiles, sequences), and the tiles with the most keys come first within a sequence. Read anew from the special
+// registers at each call, for the same reason.
 template <class Score>
 __device__ __forceinline__ JobPlace this_job(SmallArguments<Score> const& a, int& rank) {
   int x, y, z;
@@ -177,14 +178,15 @@ struct Partial {
   SoftmaxRow state[2];
 };
 
-// Works off the block's chunks as they arrive: a chunk's softmax runs while the chunk before is multiplied with its values.
+// Works off the block's chunks as they arrive: a chunk's softmax runs while the chunk before is multiplied with its
+// values.
 template <class Config>
 __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> const& a,
                                        SmallMemory<Config> const& shared, JobPlace const& job, Lane lane,
                                        Partial<Config>& partial) {
   using Element = typename Config::Element;
   constexpr int chunk = Config::chunk, head_dim = Config::head_dim;
-  float(&o)[head_dim / 2] = partial.o;
+  float (&o)[head_dim / 2] = partial.o;
   SoftmaxRow(&state)[2] = partial.state;
   float s[chunk / 2], ratio[2], offset[2];
   uint32_t weights[chunk / 4];
@@ -322,8 +324,8 @@ __device__ __forceinline__ void merge(SmallMemory<Config> const& shared, int ran
     senders += other < shared.a.splits && other != rank && shared.part().has_keys(other);
   }
   auto const row = [&](int sender) {
-    auto const* const sent = reinterpret_cast<float2 const*>(shared.rows(band_place<Config>(shared.a, sender, index))) +
-                       thread / 4;
+    auto const* const sent =
+        reinterpret_cast<float2 const*>(shared.rows(band_place<Config>(shared.a, sender, index))) + thread / 4;
     return SoftmaxRow{sent->x, sent->y};
   };
   SoftmaxRow& state = partial.state[half];

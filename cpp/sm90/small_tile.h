@@ -13,9 +13,9 @@ struct SmallTile {
   int blocks;      // of a multiprocessor, that the registers leave room for
   bool plain_score;
 
-  static constexpr int chunk = 64;       // keys; each has its own barriers
-  static constexpr int most_chunks = 8;  // of a block's part of the keys
-  static constexpr int most_splits = 8;  // blocks of a cluster on every device
+  static constexpr int chunk = 64;                              // keys; each has its own barriers
+  static constexpr int most_chunks = 8;                         // of a block's part of the keys
+  static constexpr int most_splits = 8;                         // blocks of a cluster on every device
   static constexpr int state_bytes = 2 * most_chunks * 8 + 64;  // barriers, and what the block is to do
 
   FLASHCORE_HD constexpr int tile_q() const { return 64 * warpgroups; }
