@@ -4,9 +4,9 @@ cpp/sm90/small_choice.inc anew.
 
     python bench/fit_small.py > bench/results/small_choice.txt
 
-For every head dimension, number of keys and number of tiles of 64 rows: every tile and split of the small kernel, and the
-large kernel, each in a graph as bench/compare.py times it, in turn, full and causal. The smallest product of the two
-times wins. Needs a GPU of compute capability 9.0. Exit status: 0, or 2 on bad usage.
+For every head dimension, number of keys and number of tiles of 64 rows: every tile and split of the small kernel, and
+the large kernel, each in a graph as bench/compare.py times it, in turn, full and causal. The smallest product of the
+two times wins. Needs a GPU of compute capability 9.0. Exit status: 0, or 2 on bad usage.
 """
 
 from __future__ import annotations
@@ -68,11 +68,10 @@ def measure(point: Point, options: argparse.Namespace) -> dict[str, float]:
         arrays = [
             [torch.randn(cell.shape_q, device="cuda", dtype=torch.bfloat16) for _ in range(4)] for _ in range(sets)
         ]
-        call = (
-            lambda i, arrays=arrays, causal=causal: flashcore.attention(  # noqa: E731
-                *arrays[i][:3], causal=causal, out=arrays[i][3]
-            )
-        )
+
+        def call(i: int, arrays: list[list[torch.Tensor]] = arrays, causal: bool = causal) -> torch.Tensor:
+            return flashcore.attention(*arrays[i][:3], causal=causal, out=arrays[i][3])
+
         timers = {}
         for form in forms:
             os.environ[VARIABLE] = form  # what the graph captures
@@ -88,8 +87,8 @@ def measure(point: Point, options: argparse.Namespace) -> dict[str, float]:
 
 
 def rows_of(head_dim: int, keys: int, best: list[tuple[int, str]]) -> list[str]:
-    """The table's rows from the best form at each number of tiles, in order: up to the first that the large kernel wins.
-    A row reaches to the geometric mean of the last number of tiles that it wins and the first that it does not."""
+    """The table's rows from the best form at each number of tiles, in order, up to the first that the large kernel
+    wins. A row reaches to the geometric mean of the last number of tiles that it wins and the first that it does not."""
     rows = []
     for (tiles, form), (following, other) in zip(best, [*best[1:], (best[-1][0], "")], strict=True):
         if form == LARGE:
