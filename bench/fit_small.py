@@ -88,7 +88,7 @@ def measure(point: Point, options: argparse.Namespace) -> dict[str, float]:
 
 def rows_of(head_dim: int, keys: int, best: list[tuple[int, str]]) -> list[str]:
     """The table's rows from the best form at each number of tiles, in order, up to the first that the large kernel
-    wins. A row reaches to the geometric mean of the last number of tiles that it wins and the first that it does not."""
+    wins. A row reaches to the geometric mean of the last number of tiles that it wins and the next one."""
     rows = []
     for (tiles, form), (following, other) in zip(best, [*best[1:], (best[-1][0], "")], strict=True):
         if form == LARGE:

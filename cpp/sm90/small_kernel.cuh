@@ -117,7 +117,7 @@ __device__ __forceinline__ uint32_t address_of(void const* shared) { return cute
 
 // This block's tile of queries, and its rank in the cluster that shares it. The grid is (blocks of a cluster · heads,
 // tiles, sequences), and the tiles with the most keys come first within a sequence. Read anew from the special
-// registers at each call, for the same reason.
+// registers at each call, rather than kept over the products.
 template <class Score>
 __device__ __forceinline__ JobPlace this_job(SmallArguments<Score> const& a, int& rank) {
   int x, y, z;
@@ -369,6 +369,7 @@ __device__ __forceinline__ void finish(SmallArguments<typename Config::Score> co
   if (divided) {
     cluster_wait_acquire();  // all blocks have started: their shared memory may be written to
     if (shared.part().count > 0) send<Config>(shared, rank, lane, partial);
+    __syncwarp();
     cluster_arrive_release();
     cluster_wait_acquire();  // all have sent: from here on nobody writes to another block
   }
