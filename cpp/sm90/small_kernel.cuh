@@ -311,50 +311,65 @@ __device__ __forceinline__ void send(SmallMemory<Config> const& shared, int rank
   }
 }
 
-// Adds what the other blocks sent of this lane's row `half` to its own, in the order of the keys but for its own part.
+// Adds what the other blocks sent of this lane's rows to its own, in the order of the keys but for its own part. Where
+// only one of the two rows is this block's, the other one's numbers mean nothing, and nobody writes them.
 template <class Config>
-__device__ __forceinline__ void merge(SmallMemory<Config> const& shared, int rank, Lane lane, int half, float factor,
+__device__ __forceinline__ void merge(SmallMemory<Config> const& shared, int rank, Lane lane, float factor,
                                       Partial<Config>& partial) {
   int const thread = threadIdx.x % 32;
-  int const index = band_of<Config>(shared.a, lane, half).index;
+  int const index[2] = {band_of<Config>(shared.a, lane, 0).index, band_of<Config>(shared.a, lane, 1).index};
   // The last blocks may have had no keys, and sent nothing.
   int senders = 0;
 #pragma unroll
   for (int other = 0; other < SmallTile::most_splits; ++other) {
     senders += other < shared.a.splits && other != rank && shared.part().has_keys(other);
   }
-  auto const row = [&](int sender) {
-    auto const* const sent =
-        reinterpret_cast<float2 const*>(shared.rows(band_place<Config>(shared.a, sender, index))) + thread / 4;
-    return SoftmaxRow{sent->x, sent->y};
+  auto const row = [&](int sender, int half) {
+    int const place = band_place<Config>(shared.a, sender, index[half]);
+    float2 const sent = reinterpret_cast<float2 const*>(shared.rows(place))[thread / 4];
+    return SoftmaxRow{sent.x, sent.y};
   };
-  SoftmaxRow& state = partial.state[half];
-  float top = state.max;
+  float top[2];
 #pragma unroll
-  for (int sender = 0; sender < SmallTile::most_splits - 1; ++sender) {
-    if (sender < senders) top = fmaxf(top, row(sender).max);
-  }
-  float const own = state.raise(top, factor);
+  for (int half = 0; half < 2; ++half) {
+    top[half] = partial.state[half].max;
 #pragma unroll
-  for (int i = half; i < Config::head_dim / 4; i += 2) {
-    partial.o[2 * i] *= own;
-    partial.o[2 * i + 1] *= own;
+    for (int sender = 0; sender < SmallTile::most_splits - 1; ++sender) {
+      if (sender < senders) top[half] = fmaxf(top[half], row(sender, half).max);
+    }
+    float const ratio = partial.state[half].raise(top[half], factor);
+#pragma unroll
+    for (int i = 0; i < Config::lane_vectors; ++i) {
+      float* const o = &partial.o[8 * i + 2 * half];
+      o[0] *= ratio;
+      o[1] *= ratio;
+      o[4] *= ratio;
+      o[5] *= ratio;
+    }
   }
 #pragma unroll 1
   for (int sender = 0; sender < senders; ++sender) {
-    SoftmaxRow other = row(sender);
-    float const ratio = other.raise(top, factor);
-    state.sum += other.sum;
-    auto const* const sent =
-        reinterpret_cast<float4 const*>(shared.output(band_place<Config>(shared.a, sender, index))) + thread;
+    float4 x[2][Config::lane_vectors];
 #pragma unroll
-    for (int i = 0; i < Config::lane_vectors; ++i) {
-      float4 const x = sent[i * 32];
-      float* const o = &partial.o[8 * i + 2 * half];
-      o[0] += x.x * ratio;
-      o[1] += x.y * ratio;
-      o[4] += x.z * ratio;
-      o[5] += x.w * ratio;
+    for (int half = 0; half < 2; ++half) {
+      int const place = band_place<Config>(shared.a, sender, index[half]);
+      auto const* const sent = reinterpret_cast<float4 const*>(shared.output(place)) + thread;
+#pragma unroll
+      for (int i = 0; i < Config::lane_vectors; ++i) x[half][i] = sent[i * 32];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      SoftmaxRow other = row(sender, half);
+      float const ratio = other.raise(top[half], factor);
+      partial.state[half].sum += other.sum;
+#pragma unroll
+      for (int i = 0; i < Config::lane_vectors; ++i) {
+        float* const o = &partial.o[8 * i + 2 * half];
+        o[0] += x[half][i].x * ratio;
+        o[1] += x[half][i].y * ratio;
+        o[4] += x[half][i].z * ratio;
+        o[5] += x[half][i].w * ratio;
+      }
     }
   }
 }
@@ -373,12 +388,15 @@ __device__ __forceinline__ void finish(SmallArguments<typename Config::Score> co
     cluster_arrive_release();
     cluster_wait_acquire();  // all have sent: from here on nobody writes to another block
   }
+  bool mine[2] = {true, true};
+  if (divided) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mine[half] = band_of<Config>(a, lane, half).owner == rank;
+    if (mine[0] || mine[1]) merge<Config>(shared, rank, lane, a.score.factor, partial);
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (divided) {
-      if (band_of<Config>(a, lane, half).owner != rank) continue;
-      merge<Config>(shared, rank, lane, half, a.score.factor, partial);
-    }
+    if (!mine[half]) continue;
     SoftmaxRow const& state = partial.state[half];
     OutputRow<Config> const row(a, job, lane.row + half * 8);
     if (row.lse != nullptr && threadIdx.x % 4 == 0 && row.present) *row.lse = state.lse(a.score.factor);
