@@ -153,18 +153,19 @@ __device__ __forceinline__ void request(SmallArguments<typename Config::Score> c
                                    panel * panel_columns, 0, row, head, job.sequence);
     }
   };
+  int const begin = part.begin, count = part.count;
 #pragma unroll 1
-  for (int c = 0; c <= part.count; ++c) {
-    if (c < part.count) {
+  for (int c = 0; c <= count; ++c) {
+    if (c < count) {
       Barrier& full = shared.full_keys(c);
       full.arrive_and_expect_tx(Config::kv_bytes + (c == 0 ? a.q_bytes : 0));
       if (c == 0) load(a.q, full, shared.queries(), Config::q_panel, job.first, job.head);
-      load(a.k, full, shared.keys(c), Config::kv_panel, (part.begin + c) * Config::chunk, head_k);
+      load(a.k, full, shared.keys(c), Config::kv_panel, (begin + c) * Config::chunk, head_k);
     }
     if (c > 0) {
       Barrier& full = shared.full_values(c - 1);
       full.arrive_and_expect_tx(Config::kv_bytes);
-      load(a.v, full, shared.values(c - 1), Config::kv_panel, (part.begin + c - 1) * Config::chunk, head_k);
+      load(a.v, full, shared.values(c - 1), Config::kv_panel, (begin + c - 1) * Config::chunk, head_k);
     }
   }
 }
