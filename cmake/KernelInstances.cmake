@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Makes the source files of a machine's kernel, one for each line of a list of tiles in cpp/<machine> (both element types in one
-# file: reading CuTe costs more than compiling a kernel). `kernel` is "forward", from tiles.inc, or "decode", from
-# decode_tiles.inc; cmake/<kernel>_instance.cu.in is the file's form. Leaves their list in `out_sources`.
+# file: reading CuTe costs more than compiling a kernel). `kernel` is "forward", from tiles.inc, or another one ("decode",
+# "small"), from <kernel>_tiles.inc; cmake/<kernel>_instance.cu.in is the file's form. Leaves their list in `out_sources`.
 function(flashcore_kernel_instances machine kernel out_sources)
   set(tiles_file ${PROJECT_SOURCE_DIR}/cpp/${machine}/tiles.inc)
   if(NOT kernel STREQUAL forward)

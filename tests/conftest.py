@@ -43,9 +43,10 @@ def arrays(device) -> Arrays:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch):
-    """FLASHCORE_CHECK in the environment would hide what happens without it."""
-    if "FLASHCORE_CHECK" in os.environ:
-        monkeypatch.delenv("FLASHCORE_CHECK")
+    """FLASHCORE_CHECK in the environment would hide what happens without it, FLASHCORE_SM90_KERNEL a kernel."""
+    for name in ("FLASHCORE_CHECK", "FLASHCORE_SM90_KERNEL"):
+        if name in os.environ:
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

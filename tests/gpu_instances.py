@@ -4,10 +4,11 @@ test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that r
 
     python tests/gpu_instances.py [PART ...]
 
-A part is a backend's forward kernels, or "decode" or "combine". Without parts: all that the GPU has."""
+A part is a backend's forward kernels, or "combine", "decode" or "small". Without parts: all that the GPU has."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 from arrays import backends, on, torch
@@ -80,6 +81,32 @@ def attention(backend: str, seed: int = 0) -> set[str]:
                     if backend == "sm90" and head_dim <= 64:  # sums its rows in another way where no lse is asked for
                         out = on_gpu(flashcore.attention, *tensors, backend=backend, **options.keywords())
                         assert_attention(cpu, out, None, *tensors, options, f"{name} {shape} {options}, no lse")
+    return ran
+
+
+# Batch, seqlen_q, seqlen_k, heads_q, heads_k for the small kernel: whole tiles, and tiles with heads side by side.
+SMALL = ((2, 150, 300, 6, 2), (1, 5, 300, 8, 2))
+
+
+def small(seed: int = 0) -> set[str]:
+    """sm90's kernel for small problems: every tile, with every number of splits."""
+    ran = set()
+    for dtype in DTYPES:
+        for head_dim in (40, 64, 128):
+            for tile_q, splits in ((rows, splits) for rows in (64, 128) for splits in (1, 2, 4, 8)):
+                os.environ["FLASHCORE_SM90_KERNEL"] = f"small:{tile_q}:{splits}"
+                for shape in SMALL:
+                    seed += 3
+                    for options in (MASKS[0], MASKS[1 + seed % 3]):
+                        plan = plan_of(shape, head_dim, dtype, "sm90", options)
+                        assert plan.kernel == "sm90_small" and plan.splits == splits, plan
+                        name = f"{kernel(plan, dtype)} plain {options == PLAIN} splits {splits}"
+                        ran.add(name)
+                        tensors = cpu.qkv(*shape, head_dim, dtype, seed, 2.0)
+                        out, lse = on_gpu(
+                            flashcore.attention, *tensors, return_lse=True, backend="sm90", **options.keywords()
+                        )
+                        assert_attention(cpu, out, lse, *tensors, options, f"{name} {shape} {options}")
     return ran
 
 
@@ -173,11 +200,14 @@ def combine() -> set[str]:
 
 
 if __name__ == "__main__":
+    alone = {"combine": combine, "decode": decode, "small": small}
+    machines = backends("cuda")
     ran = set()
-    for part in sys.argv[1:] or ["combine", "decode", *backends("cuda")]:
-        if part in ("combine", "decode"):
-            ran |= {"combine": combine, "decode": decode}[part]()
+    for part in sys.argv[1:] or [*(name for name in alone if name != "small" or "sm90" in machines), *machines]:
+        if part in alone:
+            ran |= alone[part]()
         else:
+            os.environ["FLASHCORE_SM90_KERNEL"] = "large"  # also for what is small
             varlen(part)
             ran |= attention(part)
     print("\n".join(sorted(ran)))

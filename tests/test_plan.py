@@ -51,10 +51,16 @@ def forced(gpu) -> tuple[str, ...]:
 def check_grid(p, name, batch, seqlen_q, heads_q):
     """Enough tiles for all queries of all heads, and none beyond; a block for each tile, or few that go on and on."""
     assert p.tiles == batch * (heads_q // p.packed_heads) * -(-seqlen_q // (p.tile_q // p.packed_heads))
-    if p.backend == "sm90":
+    if p.kernel == "sm90_forward":
         assert min(p.tiles, UNITS[name]) <= p.blocks <= min(p.tiles, 4 * UNITS[name])
     else:
         assert p.blocks == p.tiles * p.splits
+
+
+@pytest.fixture
+def large_kernel(monkeypatch):
+    """Plans for sm90 are of the kernel for large problems, whatever the size."""
+    monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "large")
 
 
 @pytest.fixture(params=SHARED_MEMORY)
@@ -166,7 +172,7 @@ def test_varlen(gpu):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("seqlen_q", [1, 2, 16, 100, 128, 192, 4096])
 @pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 71, 200])
-def test_packed_heads(device, group, seqlen_q, head_dim):
+def test_packed_heads(device, large_kernel, group, seqlen_q, head_dim):
     """Query heads of one key head share a tile where that leaves fewer rows of it empty."""
     for causal in (False, True):
         for batch, heads_k in ((1, 1), (3, 2)):
@@ -200,7 +206,7 @@ def test_packed_heads_of_variable_lengths(device):
 
 
 @needs_sm90
-def test_no_packed_heads_beyond_what_tma_encodes(device):
+def test_no_packed_heads_beyond_what_tma_encodes(device, large_kernel):
     """A step over the heads of a tile is one stride, and must be below 2^40 bytes."""
     for seqlen, packed in ((2**29 + 1, 1), (2**29 - 127, 4)):
         query, key = (1, 8, seqlen, 256), (1, 2, seqlen, 256)
@@ -214,7 +220,7 @@ def test_no_packed_heads_beyond_what_tma_encodes(device):
 @needs_sm90
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_batch_invariant_tiles(device, head_dim, softcap):
+def test_batch_invariant_tiles(device, large_kernel, head_dim, softcap):
     """The head dimension's first tile whatever the batch, and no packed heads; both differ where it is not asked
     for."""
     free, fixed = set(), set()
@@ -305,6 +311,97 @@ def test_forced_backend(gpu):
             assert p.backend == backend and p.kernel == f"{backend}_forward" and "forced" in p.reason
             assert (p == free) == (backend == chosen(gpu)) and p.packed_heads in ((1,) if backend == "sm80" else (1, 3))
             check_grid(p, gpu, 3, 700, 6)
+
+
+def small_plan(batch, seqlen_q, heads, head_dim, seqlen_k=None, heads_k=None, name="h100", **options):
+    key = (batch, seqlen_k or seqlen_q, heads_k or heads, head_dim)
+    return shape_plan(name, (batch, seqlen_q, heads, head_dim), key, **options)
+
+
+def check_small(p, batch, seqlen_q, heads, seqlen_k):
+    """A block for each tile and part; the parts hold all keys, each whole in a block's shared memory."""
+    assert p.backend == "sm90" and p.kernel == "sm90_small" and p.workspace == 0
+    assert p.splits in (1, 2, 4, 8) and p.tile_q in (64, 128) and p.threads == 2 * p.tile_q
+    check_grid(p, "h100", batch, seqlen_q, heads)
+    assert p.tile_k % 64 == 0 and p.splits * p.tile_k >= seqlen_k > (p.tile_k - 64) * p.splits
+    received = (p.splits - 1) * (p.tile_q // p.splits) * (p.head_dim * 4 + 8)  # outputs, maxima and sums
+    arrays = (p.tile_q + 2 * p.tile_k) * p.head_dim * 2
+    assert arrays + received < p.shared_memory <= min(arrays + received + 1024, SHARED_MEMORY["h100"])
+    assert "small problem" in p.reason and str(p.tiles) in p.reason
+    assert ("cluster" in p.reason) == (p.splits > 1)
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128])
+def test_small_problems(device, head_dim):
+    """Few tiles get the small kernel, with as many blocks as fill the GPU where there are keys to divide."""
+    seed = small_plan(1, 512, 8, head_dim)
+    check_small(seed, 1, 512, 8, 512)
+    assert UNITS["h100"] * 0.9 <= seed.blocks <= 2 * UNITS["h100"]
+    for softcap, causal, layout in itertools.product((0.0, 20.0), (False, True), ("bshd", "bhsd")):
+        shape = (1, 512, 8, head_dim) if layout == "bshd" else (1, 8, 512, head_dim)
+        p = shape_plan("h200", shape, causal=causal, softcap=softcap, layout=layout)
+        assert p.kernel == "sm90_small" and p.head_dim == (64 if head_dim <= 64 else 128)
+    check_small(small_plan(8, 128, 8, head_dim), 8, 128, 8, 128)
+    assert small_plan(8, 128, 8, head_dim).splits == 1  # enough tiles
+    assert small_plan(1, 64, 2, head_dim, 1024).splits == 8  # two tiles, many keys
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("seqlen", [1, 64, 128, 200, 256, 400, 512, 700, 1024, 1500, 2048, 4096, 8192])
+def test_change_over_to_the_large_kernel(device, seqlen, head_dim):
+    """From a batch on the large kernel is taken, and for every larger one; a small one that is chosen is whole."""
+    kernels = []
+    for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 1024, 10**5):
+        p = small_plan(batch, seqlen, 8, head_dim)
+        if p.kernel == "sm90_small":
+            check_small(p, batch, seqlen, 8, seqlen)
+        kernels.append(p.kernel)
+    assert kernels == sorted(kernels, reverse=True) and kernels[-1] == "sm90_forward"
+    assert (kernels[0] == "sm90_small") == (seqlen <= (1024 if head_dim == 64 else 512))
+
+
+@needs_sm90
+def test_what_the_small_kernel_leaves_to_the_large_one(device):
+    assert small_plan(1, 512, 8, 64, batch_invariant=True).kernel == "sm90_forward"
+    for head_dim in (136, 192, 256):
+        assert small_plan(1, 512, 8, head_dim).kernel == "sm90_forward"
+    assert small_plan(1, 64, 1, 64, 2**20).kernel == "sm90_forward"
+    starts = dict(cu_seqlens_q=(2,), cu_seqlens_k=(2,))
+    assert shape_plan("h100", (512, 8, 64), **starts).kernel == "sm90_forward"
+    # Heads of a key head that the large kernel's tile holds, and not the small one's.
+    p = small_plan(1, 1, 71, 128, 512, 1)
+    assert p.kernel == "sm90_forward" and p.packed_heads == 71
+    p = small_plan(1, 1, 32, 128, 512, 4)
+    assert p.kernel == "sm90_small" and p.packed_heads == 8 and "8 query heads" in p.reason
+    for name in ("a100", "b200"):
+        assert small_plan(1, 512, 8, 64, name=name).kernel == "sm80_forward"
+
+
+@needs_sm90
+def test_forced_sm90_kernel(device, monkeypatch):
+    free = small_plan(1, 512, 8, 64), small_plan(8, 4096, 32, 128)
+    assert [p.kernel for p in free] == ["sm90_small", "sm90_forward"]
+    monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "large")
+    assert small_plan(1, 512, 8, 64).kernel == "sm90_forward" and small_plan(8, 4096, 32, 128) == free[1]
+    monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "small")
+    assert small_plan(1, 512, 8, 64) == free[0] and "forced" in small_plan(1, 512, 8, 64).reason
+    assert small_plan(64, 512, 32, 128).kernel == "sm90_small"
+    assert small_plan(8, 4096, 32, 128).kernel == "sm90_forward"  # the keys do not fit
+    for tile_q, splits in itertools.product((64, 128), (1, 2, 4, 8)):
+        monkeypatch.setenv("FLASHCORE_SM90_KERNEL", f"small:{tile_q}:{splits}")
+        p = small_plan(2, 300, 8, 64, 500)
+        assert (p.kernel, p.tile_q, p.splits) == ("sm90_small", tile_q, splits)
+        assert small_plan(2, 300, 8, 128, 300).tile_q == 64  # the only one
+        assert small_plan(1, 512, 8, 64, batch_invariant=True).kernel == "sm90_forward"
+    for wrong in ("medium", "small:", "small:64", "small:96:2", "small:64:3", "small:64:2:1", "small:64:16"):
+        monkeypatch.setenv("FLASHCORE_SM90_KERNEL", wrong)
+        with pytest.raises(ValueError, match=f"FLASHCORE_SM90_KERNEL.*{wrong}"):
+            small_plan(1, 512, 8, 64)
+        assert small_plan(1, 512, 8, 64, backend="sm80").kernel == "sm80_forward"
+    monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "")
+    assert small_plan(1, 512, 8, 64) == free[0]
 
 
 def test_what_a_gpu_refuses(gpu):

@@ -52,6 +52,12 @@ def arrays() -> Arrays:
     return on("cuda")
 
 
+@pytest.fixture(autouse=True)
+def _the_large_kernel(_no_settings_from_outside, monkeypatch):
+    """Small problems too: test_sm90_small.py has the kernel that they would get."""
+    monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "large")
+
+
 def both(arrays, query, key, value, options=PLAIN, what="") -> None:
     """Runs bshd arrays on both machines, into poison between poison, and checks both."""
     for backend in BACKENDS:

@@ -159,7 +159,8 @@ void bind_plan(nb::module_& m) {
           "tile_q", [](const ExplainedPlan& self) { return self.plan.tile_q; },
           "Rows of one tile: queries, or with packed_heads > 1 queries times heads.")
       .def_prop_ro(
-          "tile_k", [](const ExplainedPlan& self) { return self.plan.tile_k; }, "Keys of one tile.")
+          "tile_k", [](const ExplainedPlan& self) { return self.plan.tile_k; },
+          "Keys of one tile; of the kernel \"sm90_small\", those that a block has room for.")
       .def_prop_ro(
           "packed_heads", [](const ExplainedPlan& self) { return self.plan.packed_heads; },
           "Query heads of one key head whose queries share a tile (tile_q // packed_heads queries of each); 1: none.")

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a Plan to a kernel: the one switch over machines.
+#include <string_view>
+
 #include "core/forward_params.h"
 #include "core/kvcache_params.h"
 #include "cpu/cpu.h"
@@ -32,7 +34,11 @@ void launch(const Problem& problem, const Plan& plan, [[maybe_unused]] void* wor
 #if FLASHCORE_HAS_SM90
     case Backend::sm90: {
       CurrentDevice const current(problem.query.device.index);
-      sm90::forward(params, dtype, plan, workspace, problem.stream);
+      if (std::string_view(plan.kernel) == "sm90_small") {
+        sm90::small(params, dtype, plan, problem.stream);
+      } else {
+        sm90::forward(params, dtype, plan, workspace, problem.stream);
+      }
       return;
     }
 #endif

@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernel runs a problem, with which tiles: a pure function of the problem and the device's properties.
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
+#include <optional>
+#include <string_view>
 
 #include "attention/scheduler.h"
 #include "core/problem_facts.h"
 #include "cpu/cpu.h"
 #include "flashcore/flashcore.h"
+#include "sm90/small_tile.h"
 
 namespace flashcore {
 namespace {
@@ -39,6 +44,25 @@ constexpr HopperTile sm90_tiles[] = {
 #include "sm90/tiles.inc"
 #undef FLASHCORE_SM90_TILE
 };
+
+constexpr SmallTile small_tiles[] = {
+#define FLASHCORE_SM90_SMALL_TILE(...) {__VA_ARGS__},
+#include "sm90/small_tiles.inc"
+#undef FLASHCORE_SM90_SMALL_TILE
+};
+
+struct SmallChoice {
+  int head_dim;
+  int64_t keys, tiles;
+  int tile_q, splits;
+};
+
+constexpr SmallChoice small_choices[] = {
+#define FLASHCORE_SM90_SMALL_CHOICE(...) {__VA_ARGS__},
+#include "sm90/small_choice.inc"
+#undef FLASHCORE_SM90_SMALL_CHOICE
+};
+constexpr int small_choice_units = 132;  // multiprocessors of the device that the table is for
 
 // A build that leaves sm_90a out runs Hopper on the sm80 kernels. Without CUDA plan() tells what a whole build would
 // do.
@@ -196,7 +220,114 @@ Tiling tiling(const Problem& problem, const DeviceProperties& device, int tile_q
   return packed.tiles < plain.tiles ? packed : plain;
 }
 
+// FLASHCORE_SM90_KERNEL: "large", or "small", which may go on with the rows of a tile and the splits: "small:128:4".
+struct ForcedKernel {
+  bool small = false, large = false;
+  int tile_q = 0, splits = 0;  // 0: not said
+};
+
+ForcedKernel forced_kernel() {
+  char const* const text = std::getenv("FLASHCORE_SM90_KERNEL");
+  if (text == nullptr || text[0] == '\0') return {};
+  if (std::string_view(text) == "large") return {.large = true};
+  if (std::string_view(text) == "small") return {.small = true};
+  ForcedKernel forced{.small = true};
+  int read = 0;
+  bool const numbers = std::sscanf(text, "small:%d:%d%n", &forced.tile_q, &forced.splits, &read) == 2 &&
+                       static_cast<size_t>(read) == std::string_view(text).size();
+  if (!numbers || (forced.tile_q != 64 && forced.tile_q != 128) ||
+      (forced.splits != 1 && forced.splits != 2 && forced.splits != 4 && forced.splits != SmallTile::most_splits)) {
+    throw ValueError(
+        std::string("FLASHCORE_SM90_KERNEL: got \"") + text +
+        "\"; expected \"small\", \"large\" or, as \"small:64:4\", rows of a tile (64 or 128) and splits (1, 2, "
+        "4 or 8)");
+  }
+  return forced;
+}
+
+// The plan for the small kernel with one of its tiles; none where the keys of a part do not fit the shared memory.
+std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& device, const SmallTile& tile,
+                               int splits) {
+  constexpr int64_t most_blocks_an_axis = 65535;
+  Sizes const s = sizes(problem);
+  int64_t const all_chunks = (s.seqlen_k + SmallTile::chunk - 1) / SmallTile::chunk;
+  int64_t const chunks = std::max<int64_t>((all_chunks + splits - 1) / splits, 1);
+  if (chunks > SmallTile::most_chunks) return std::nullopt;
+  int const shared_memory = tile.shared_memory(static_cast<int>(chunks), splits);
+  Tiling const tiling = flashcore::tiling(problem, device, tile.tile_q());
+  int64_t const pairs = s.batch * s.heads_q / tiling.packed_heads;
+  if (shared_memory > device.shared_memory_per_block || s.batch > most_blocks_an_axis ||
+      tiling.tiles / std::max<int64_t>(pairs, 1) > most_blocks_an_axis) {
+    return std::nullopt;
+  }
+  Plan plan;
+  plan.backend = Backend::sm90;
+  plan.kernel = "sm90_small";
+  plan.head_dim = tile.head_dim;
+  plan.tile_q = tile.tile_q();
+  plan.tile_k = static_cast<int>(chunks) * SmallTile::chunk;
+  plan.packed_heads = tiling.packed_heads;
+  plan.threads = 2 * tile.tile_q();
+  plan.plain_score = tile.plain_score;
+  plan.shared_memory = shared_memory;
+  plan.tiles = tiling.tiles;
+  plan.splits = splits;
+  plan.blocks = plan.tiles * splits;
+  return plan;
+}
+
+// The row of the table of choices for a problem with `tiles` tiles of 64 rows.
+const SmallChoice* small_choice(int head_dim, int64_t keys, int64_t tiles, const DeviceProperties& device) {
+  int64_t keys_of_rows = 0;
+  for (SmallChoice const& row : small_choices) {
+    if (row.head_dim != head_dim || row.keys < keys) continue;
+    if (keys_of_rows == 0) keys_of_rows = row.keys;
+    if (row.keys == keys_of_rows && tiles * small_choice_units <= row.tiles * device.units) return &row;
+  }
+  return nullptr;
+}
+
+// The small kernel's plan where it is chosen or forced. Not for sequences that have to get the same bits in every
+// batch: the choice depends on how many there are.
+std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& device) {
+  Sizes const s = sizes(problem);
+  ForcedKernel const forced = forced_kernel();
+  if (forced.large || problem.varlen() || problem.batch_invariant) return std::nullopt;
+  // Beyond this no row holds, and the number of tiles might not fit its type.
+  constexpr double most_tiles = 1e6;
+  double const about = static_cast<double>(s.batch) * static_cast<double>(s.heads_q) * (s.seqlen_q / 64.0 + 1);
+  if (about > most_tiles) return std::nullopt;
+  bool const plain = plain_score(problem);
+  int head_dim = 0;
+  for (SmallTile const& tile : small_tiles) {
+    if (head_dim == 0 && tile.head_dim >= s.head_dim) head_dim = tile.head_dim;
+  }
+  if (head_dim == 0) return std::nullopt;
+  // The tile of so many rows, where there is one for this kind of score.
+  auto const plan_with = [&](int tile_q, int splits) {
+    SmallTile const* chosen = nullptr;
+    for (SmallTile const& tile : small_tiles) {
+      if (tile.head_dim != head_dim || tile.plain_score != plain) continue;
+      if (chosen == nullptr || tile.tile_q() == tile_q) chosen = &tile;
+    }
+    return plan_small(problem, device, *chosen, splits);
+  };
+  if (forced.splits != 0) return plan_with(forced.tile_q, forced.splits);
+  Tiling const tiling = flashcore::tiling(problem, device, 64);
+  if (SmallChoice const* row = small_choice(head_dim, s.seqlen_k, tiling.tiles, device)) {
+    std::optional<Plan> const plan = plan_with(row->tile_q, row->splits);
+    // More heads of a key head than the tile has rows would each read its keys.
+    bool const packs = !plan || plan->packed_heads > 1 || flashcore::tiling(problem, device, 128).packed_heads == 1;
+    if (plan && (packs || forced.small)) return plan;
+  }
+  for (int splits = 1; forced.small && splits <= SmallTile::most_splits; splits *= 2) {
+    if (std::optional<Plan> const plan = plan_with(64, splits)) return plan;
+  }
+  return std::nullopt;
+}
+
 Plan plan_sm90(const Problem& problem, const DeviceProperties& device) {
+  if (std::optional<Plan> const small = plan_small(problem, device)) return *small;
   Sizes const s = sizes(problem);
   bool const plain = plain_score(problem);
   HopperTile const* tile = nullptr;
@@ -301,7 +432,15 @@ std::string explain(const Problem& problem, const DeviceProperties& device, cons
            (plan.head_dim == s.head_dim ? "" : " (padded from " + std::to_string(s.head_dim) + ")") + ", " +
            std::to_string(plan.shared_memory / 1024) + " of " + std::to_string(device.shared_memory_per_block / 1024) +
            " KiB of shared memory a block.";
-    if (hopper) {
+    if (std::string_view(plan.kernel) == "sm90_small") {
+      text.append(forced_kernel().small ? " The kernel for small problems is forced: " : " A small problem: ");
+      text.append(std::to_string(plan.tiles)).append(" tiles, each block with all its keys in shared memory at once");
+      if (plan.splits > 1) {
+        text.append("; the ").append(std::to_string(plan.splits));
+        text.append(" blocks of a cluster divide the keys of a tile and merge their results");
+      }
+      text.append(".");
+    } else if (hopper) {
       text.append(" ").append(std::to_string(plan.blocks)).append(" blocks share ");
       text.append(std::to_string(plan.tiles)).append(" tiles.");
     }

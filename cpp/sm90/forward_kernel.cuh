@@ -239,19 +239,26 @@ struct Visible {
   int first[2], end[2];
 };
 
+// Of a tile whose keys begin at `tile`.
+__device__ __forceinline__ Visible visible(Mask const& mask, int const (&query)[2], int tile) {
+  Visible keys;
+  int const origin = tile + Lane::column();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    keys.first[half] = mask.first_key(query[half]) - origin;
+    keys.end[half] = mask.end_key(query[half]) - origin;
+  }
+  return keys;
+}
+
+// Of the i-th tile of a job.
 template <class Config>
 __device__ __forceinline__ Visible visible(Arguments<typename Config::Score> const& a, Job const& job, Lane lane,
                                            int i) {
-  Visible keys;
-  int const origin = job.range.tile(i) * Config::tile_k + Lane::column();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const row = lane.row + half * 8;
-    int const query = job.first + (a.pack == 1 ? row : row / a.pack);
-    keys.first[half] = job.mask.first_key(query) - origin;
-    keys.end[half] = job.mask.end_key(query) - origin;
-  }
-  return keys;
+  int const row[2] = {lane.row, lane.row + 8};
+  int const query[2] = {job.first + (a.pack == 1 ? row[0] : row[0] / a.pack),
+                        job.first + (a.pack == 1 ? row[1] : row[1] / a.pack)};
+  return visible(job.mask, query, job.range.tile(i) * Config::tile_k);
 }
 
 // Sets the scores that the mask hides to −inf.
@@ -367,46 +374,51 @@ __device__ __forceinline__ void store_nothing(Arguments<typename Config::Score> 
   }
 }
 
-// Divides a job's rows by their sums and writes them with their log-sum-exp. Lanes of a quad exchange what they hold
-// (a transpose of 4 × 4 pairs), so that each writes 16 bytes.
+// Writes row `half` of this lane's two, times `factor`. Lanes of a quad exchange what they hold (a transpose of 4 × 4
+// pairs), so that each writes 16 bytes.
+template <class Config, int n>
+__device__ __forceinline__ void write_row(OutputRow<Config> const& row, int half, int head_dim, float const (&o)[n],
+                                          float factor) {
+  int const t = threadIdx.x % 4;
+#pragma unroll
+  for (int g = 0; g < Config::head_dim / 32; ++g) {
+    uint32_t x[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float const* const pair = &o[4 * (4 * g + j) + 2 * half];
+      x[j] = Precision<typename Config::Element>::pack(pair[0] * factor, pair[1] * factor);
+    }
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+      bool const upper = t & step;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j & step) continue;
+        uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + step], step);
+        (upper ? x[j] : x[j + step]) = got;
+      }
+    }
+    int const column = (4 * g + t) * 8;
+    if (row.present && column < head_dim) {
+      *reinterpret_cast<uint4*>(row.out + column) = uint4{x[0], x[1], x[2], x[3]};
+    }
+  }
+}
+
+// Divides a job's rows by their sums and writes them with their log-sum-exp.
 template <class Config, int n>
 __device__ __forceinline__ void store(Arguments<typename Config::Score> const& a, JobPlace const& job, Lane lane,
                                       float (&o)[n], SoftmaxRow (&state)[2]) {
-  using Element = typename Config::Element;
-  int const t = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     SoftmaxRow& row_state = state[half];
     OutputRow<Config> const row(a, job, lane.row + half * 8);
     if constexpr (Config::adds_sums) {
       row_state.sum = quad_sum(row_state.sum);
-      if (row.lse != nullptr && t == 0 && row.present) *row.lse = row_state.lse(a.score.factor);
+      if (row.lse != nullptr && threadIdx.x % 4 == 0 && row.present) *row.lse = row_state.lse(a.score.factor);
     }
     if constexpr (Config::sums_by_product) row_state.sum = o[Config::head_dim / 2 + 2 * half];
-    float const inverse = row_state.inverse_sum();
-#pragma unroll
-    for (int g = 0; g < Config::head_dim / 32; ++g) {
-      uint32_t x[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float const* const pair = &o[4 * (4 * g + j) + 2 * half];
-        x[j] = Precision<Element>::pack(pair[0] * inverse, pair[1] * inverse);
-      }
-#pragma unroll
-      for (int step = 1; step <= 2; step *= 2) {
-        bool const upper = t & step;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (j & step) continue;
-          uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + step], step);
-          (upper ? x[j] : x[j + step]) = got;
-        }
-      }
-      int const column = (4 * g + t) * 8;
-      if (row.present && column < a.p.head_dim) {
-        *reinterpret_cast<uint4*>(row.out + column) = uint4{x[0], x[1], x[2], x[3]};
-      }
-    }
+    write_row<Config>(row, half, a.p.head_dim, o, row_state.inverse_sum());
   }
 }
 

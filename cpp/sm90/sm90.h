@@ -12,4 +12,7 @@ namespace flashcore::sm90 {
 // Asynchronous. Throws RuntimeError when the launch fails.
 void forward(ForwardParams params, DType dtype, const Plan& plan, void* workspace, void* stream);
 
+// The same for a plan of the kernel for small problems, "sm90_small".
+void small(const ForwardParams& params, DType dtype, const Plan& plan, void* stream);
+
 }  // namespace flashcore::sm90

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures on which problems sm90's kernel for small problems beats the large one, and prints the rows of
+cpp/sm90/small_choice.inc anew.
+
+    python bench/fit_small.py > bench/results/small_choice.txt
+
+For every head dimension, number of keys and number of tiles of 64 rows: every tile and split of the small kernel, and
+the large kernel, each in a graph as bench/compare.py times it, in turn, full and causal. The smallest product of the
+two times wins. Needs a GPU of compute capability 9.0. Exit status: 0, or 2 on bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+
+import torch
+from compare import CudaTimer
+from suites import Cell
+
+import flashcore
+
+VARIABLE = "FLASHCORE_SM90_KERNEL"
+LARGE = "large"
+FORMS = (LARGE, *(f"small:{rows}:{splits}" for rows in (64, 128) for splits in (1, 2, 4, 8)))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A problem of the fit: `heads` heads of `keys` queries and keys each, batch 1."""
+
+    head_dim: int
+    keys: int
+    heads: int
+
+    @property
+    def tiles(self) -> int:
+        return self.heads * math.ceil(self.keys / 64)
+
+
+def heads_for(tiles: int, keys: int) -> int:
+    return max(1, round(tiles * 64 / keys))
+
+
+def runs(point: Point, form: str) -> bool:
+    """Whether plan() takes the form for the problem: a small one that does not fit becomes the large one, and head
+    dimensions above 64 have tiles of 64 rows alone."""
+    os.environ[VARIABLE] = form
+    shape = (1, point.keys, point.heads, point.head_dim)
+    plan = flashcore.plan(shape, shape, shape, dtype="bfloat16", device="cuda")
+    if form == LARGE:
+        return plan.kernel == "sm90_forward"
+    _, rows, splits = form.split(":")
+    return plan.kernel == "sm90_small" and (plan.tile_q, plan.splits) == (int(rows), int(splits))
+
+
+def measure(point: Point, options: argparse.Namespace) -> dict[str, float]:
+    """Microseconds by form: the geometric mean of full and causal."""
+    forms = [form for form in FORMS if runs(point, form)]
+    times = dict.fromkeys(forms, 1.0)
+    for causal in (False, True):
+        cell = Cell(1, point.heads, point.keys, point.head_dim, causal)
+        sets = max(2, min(1024, math.ceil(options.rotate * 2**30 / cell.bytes)))
+        arrays = [
+            [torch.randn(cell.shape_q, device="cuda", dtype=torch.bfloat16) for _ in range(4)] for _ in range(sets)
+        ]
+
+        def call(i: int, arrays: list[list[torch.Tensor]] = arrays, causal: bool = causal) -> torch.Tensor:
+            return flashcore.attention(*arrays[i][:3], causal=causal, out=arrays[i][3])
+
+        timers = {}
+        for form in forms:
+            os.environ[VARIABLE] = form  # what the graph captures
+            timers[form] = CudaTimer(call, sets, options.milliseconds)
+        samples: dict[str, list[float]] = {form: [] for form in forms}
+        for turn in range(options.rounds):
+            for i in range(len(forms)):
+                form = forms[(i + turn) % len(forms)]
+                samples[form].append(timers[form].microseconds())
+        for form in forms:
+            times[form] *= statistics.median(samples[form])
+    return {form: math.sqrt(product) for form, product in times.items()}
+
+
+def rows_of(head_dim: int, keys: int, best: list[tuple[int, str]]) -> list[str]:
+    """The table's rows from the best form at each number of tiles, in order, up to the first that the large kernel
+    wins. A row reaches to the geometric mean of the last number of tiles that it wins and the next one."""
+    rows = []
+    for (tiles, form), (following, other) in zip(best, [*best[1:], (best[-1][0], "")], strict=True):
+        if form == LARGE:
+            break
+        if form != other:
+            _, tile_q, splits = form.split(":")
+            limit = round(math.sqrt(tiles * following))
+            rows.append(f"FLASHCORE_SM90_SMALL_CHOICE({head_dim}, {keys}, {limit}, {tile_q}, {splits})")
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--keys", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048])
+    parser.add_argument("--rotate", type=float, default=0.25, help="GiB of arrays that the calls walk through")
+    parser.add_argument("--milliseconds", type=float, default=4.0, help="of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        parser.error("needs a GPU of compute capability 9.0")
+    units = torch.cuda.get_device_properties(0).multi_processor_count
+    table = []
+    print(f"# {torch.cuda.get_device_name()}, {units} multiprocessors, bfloat16, us by form", flush=True)
+    for head_dim in options.head_dims:
+        for keys in options.keys:
+            best: list[tuple[int, str]] = []
+            for heads in sorted({heads_for(tiles, keys) for tiles in options.tiles}):
+                point = Point(head_dim, keys, heads)
+                times = measure(point, options)
+                best.append((round(point.tiles * 132 / units), min(times, key=times.__getitem__)))
+                told = "  ".join(f"{form} {time:.2f}" for form, time in sorted(times.items(), key=lambda x: x[1]))
+                print(f"# D {head_dim} keys {keys} tiles {point.tiles}: {told}", flush=True)
+                if best[-1][1] == LARGE and len(best) > 1 and best[-2][1] == LARGE:
+                    break  # larger problems are the large kernel's, too
+            table += rows_of(head_dim, keys, best)
+    print(*table, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
