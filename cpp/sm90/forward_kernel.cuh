@@ -175,6 +175,7 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
   auto const post = [&](Work const& work, int bytes) {
     shared.q_empty[q_place.slot].wait(q_place.phase ^ 1);
     shared.work[q_place.parity()] = work;
+    asm volatile("" ::: "memory");
     shared.q_full[q_place.slot].arrive_and_expect_tx(bytes);
   };
 #pragma unroll 1
@@ -469,6 +470,11 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   auto const release = [&](Barrier& barrier) {
     if (leads) barrier.arrive();
   };
+  // The queries' place and the job beside it, which all lanes have read.
+  auto const release_job = [&] {
+    __syncwarp();
+    release(shared.q_empty[q_place.slot]);
+  };
 
   // Whose turn it is to issue products: a named barrier for each warpgroup, which the one before it opens.
   auto const take_turn = [&] {
@@ -493,14 +499,14 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
 #pragma unroll 1
   while (true) {
     shared.q_full[q_place.slot].wait(q_place.phase);
+    asm volatile("" ::: "memory");  // CUTLASS's wait does not tell the compiler that memory may have changed
     Work const work = shared.work[q_place.parity()];
     if (work.tile < 0) break;
     Job const job = job_of<Config>(a, work);
     int const count = job.range.count(), masked = job.range.masked();
     if (count == 0) {
       store_nothing<Config>(a, place_of<Config>(job), lane);
-      __syncwarp();
-      release(shared.q_empty[q_place.slot]);
+      release_job();
       q_place.advance();
       continue;
     }
@@ -534,7 +540,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       cute::warpgroup_wait<finishes ? 1 : 0>();
       hold(s);
       release(shared.empty[keys]);
-      if (count == 1) release(shared.q_empty[q_place.slot]);
+      if (count == 1) release_job();
       transform(s, a.score);
       if (masked > 0) hide(s, seen);
       raise_maxima(s, fresh, ratio, offset, a.score);
@@ -582,7 +588,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       cute::warpgroup_wait<1>();
       hold(s);
       release(shared.empty[keys]);
-      if (i == count - 1) release(shared.q_empty[q_place.slot]);
+      if (i == count - 1) release_job();
       transform(s, a.score);
       if constexpr (masks) hide(s, seen);
       raise_maxima(s, state, ratio, offset, a.score);
