@@ -308,7 +308,7 @@ def test_forced_backend(gpu):
         assert free.backend == chosen(gpu) and "forced" not in free.reason
         for backend in forced(gpu):
             p = shape_plan(gpu, query, key, causal=True, backend=backend)
-            assert p.backend == backend and p.kernel == f"{backend}_forward" and "forced" in p.reason
+            assert p.backend == backend and p.kernel.startswith(f"{backend}_") and "forced" in p.reason
             assert (p == free) == (backend == chosen(gpu)) and p.packed_heads in ((1,) if backend == "sm80" else (1, 3))
             check_grid(p, gpu, 3, 700, 6)
 

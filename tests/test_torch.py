@@ -309,6 +309,18 @@ def test_drop_in(arrays, queries, keys, is_causal):
         assert same(arrays, compiled(*inputs, is_causal=is_causal, scale=scale, enable_gqa=True), out)
 
 
+def test_rows_are_tested_for_alignment_under_compile(arrays):
+    from flashcore._torch_sdpa import _rows_are_aligned
+
+    compiled = torch.compile(lambda x: x + 1 if _rows_are_aligned(x) else x - 1, fullgraph=True, backend="aot_eager")
+    whole = arrays.random((2, 3, 4, 16), "float16", 3)
+    for x, aligned in ((whole, True), (whole[..., :12], True), (whole[:, :, 1:], True), (whole[..., 1:9], False)):
+        assert _rows_are_aligned(x) == aligned
+    packed = arrays.random((2, 3, 4, 12), "float16", 3)
+    assert not _rows_are_aligned(packed)
+    assert arrays.same_bits(compiled(whole), whole + 1) and arrays.same_bits(compiled(packed), packed - 1)
+
+
 def test_what_goes_to_torch_warns_once_and_says_why(arrays, monkeypatch):
     monkeypatch.setattr(ft, "_warned", set())
     q, k, v = (x.transpose(1, 2).contiguous() for x in arrays.qkv(2, 8, 8, 2, 2, 16, "float16", seed=5))
@@ -409,6 +421,17 @@ def test_activated_for_a_block(arrays, counted, only_flash):
         assert len(counted) == 1
     finally:
         ft.restore()
+
+
+def test_provider_does_without_operators_that_this_torch_has_not(arrays, counted, only_flash, monkeypatch):
+    from flashcore import _torch_provider
+
+    kernels = (("_an_operator_of_another_torch", "CUDA", None), *_torch_provider.KERNELS)
+    monkeypatch.setattr(_torch_provider, "KERNELS", kernels)
+    q, k, v = (x.transpose(1, 2) for x in arrays.qkv(2, 64, 64, 4, 4, 32, arrays.half, seed=7))
+    with ft.activated():
+        F.scaled_dot_product_attention(q, k, v)
+    assert len(counted) == 1
 
 
 def test_provider_leaves_the_rest_to_torch(device, arrays, counted):

@@ -26,13 +26,9 @@ class _Override:
 
     def __init__(self):
         self.library = torch.library.Library("aten", "IMPL")
-        for operator, key, kernel in (
-            ("_scaled_dot_product_flash_attention_for_cpu", "CPU", _sdpa_cpu),
-            ("_scaled_dot_product_flash_attention", "CUDA", _sdpa_cuda),
-            ("_flash_attention_forward", "CUDA", _forward),
-            ("_flash_attention_forward_no_dropout_inplace", "CUDA", _forward_inplace),
-        ):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", key):
+        for operator, key, kernel in KERNELS:
+            exists = hasattr(torch.ops.aten, operator)
+            if exists and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", key):
                 self._replace(operator, key, kernel)
 
     def _replace(self, operator, key, kernel):
@@ -135,6 +131,14 @@ def _forward_inplace(out, *args, **kwargs):
     result = _flash(out, *args, **kwargs)
     return result if result is NotImplemented else result[1]
 
+
+# Operators of aten, each where this PyTorch has it (2.11 has no _flash_attention_forward_no_dropout_inplace).
+KERNELS = (
+    ("_scaled_dot_product_flash_attention_for_cpu", "CPU", _sdpa_cpu),
+    ("_scaled_dot_product_flash_attention", "CUDA", _sdpa_cuda),
+    ("_flash_attention_forward", "CUDA", _forward),
+    ("_flash_attention_forward_no_dropout_inplace", "CUDA", _forward_inplace),
+)
 
 registry.register_flash_attention_impl(NAME, register_fn=_Override)
 

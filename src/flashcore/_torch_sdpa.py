@@ -30,6 +30,13 @@ _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 _ALIGNMENT = 8  # elements of 16 bits in 16 bytes
 
 
+def _rows_are_aligned(x) -> bool:
+    """Whether the rows begin at multiples of 16 bytes. torch.compile cannot trace where a tensor begins in its storage:
+    compiled code takes it to be aligned, and the operator refuses one that is not."""
+    begins = torch.compiler.is_compiling() or x.storage_offset() % _ALIGNMENT == 0
+    return begins and not any(stride % _ALIGNMENT for stride in x.stride()[:-1])
+
+
 def why_not(query, key, value, attn_mask=None, dropout_p=0.0, enable_gqa=False) -> str | None:
     """Why FlashCore cannot do this call of SDPA, in a few words; None if it can. Tensors are (batch, heads, ., .)."""
     if attn_mask is not None:
@@ -63,10 +70,9 @@ def why_not(query, key, value, attn_mask=None, dropout_p=0.0, enable_gqa=False) 
     if not (key.dtype == value.dtype == query.dtype and key.device == value.device == query.device):
         return "dtypes or devices differ"
     for x in tensors:
-        *outer, last = x.stride()
-        if last != 1 and head_dim != 1:
+        if x.stride()[-1] != 1 and head_dim != 1:
             return "the last stride is not 1"
-        if kind == "cuda" and (x.storage_offset() % _ALIGNMENT or any(stride % _ALIGNMENT for stride in outer)):
+        if kind == "cuda" and not _rows_are_aligned(x):
             return "rows are not aligned to 16 bytes"
     if kind == "cuda" and head_dim % _ALIGNMENT:
         return "head_dim is no multiple of 8"
