@@ -39,6 +39,13 @@ FLASHCORE_HD Vec load_lanes(const T* p) {
 #endif
 }
 
+// Brings the line at `p` into the second-level cache.
+FLASHCORE_HD void fetch([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+
 // The dot products of rows: how many elements a step takes, and from what.
 template <typename Atom, typename T>
 struct Dot;
@@ -96,12 +103,13 @@ struct FewRows {
 };
 
 // Scores of the keys [0, count) of `keys` with the four rows of `queries` (one after the other, `depth` lanes of the
-// atom each), in whole vectors: scores[4 k + r].
-template <typename Atom, typename T>
+// atom each), in whole vectors: scores[4 k + r]. Calls ahead() again and again meanwhile.
+template <typename Atom, typename T, typename Ahead>
 FLASHCORE_HD void few_scores(const typename Atom::Lane* queries, int depth, int head_dim, const T* keys, int64_t stride,
-                             int count, float* scores) {
+                             int count, float* scores, Ahead& ahead) {
   using D = Dot<Atom, T>;
   for (int k = 0; k < count; k += group_keys) {
+    ahead();
     const T* row[group_keys];
     for (int i = 0; i < group_keys; ++i) row[i] = keys + min_of(k + i, count - 1) * stride;
     Vec acc[lanes] = {};
@@ -120,15 +128,16 @@ FLASHCORE_HD void few_scores(const typename Atom::Lane* queries, int depth, int 
   }
 }
 
-// out (4 x head_dim) = ratio · out + weights · values, a panel of columns at a time.
-template <typename T>
+// out (4 x head_dim) = ratio · out + weights · values, a panel of columns at a time. Calls ahead() meanwhile.
+template <typename T, typename Ahead>
 FLASHCORE_HD void few_outputs(const float* weights, const float* ratio, const T* values, int64_t stride, int count,
-                              int head_dim, float* out) {
+                              int head_dim, float* out, Ahead& ahead) {
   for (int c = 0; c < head_dim; c += panel_width) {
     int const vectors = min_of(panel_width, head_dim - c) / lanes;
     Vec acc[4][panel_vectors] = {};
     if (vectors == panel_vectors) {
       for (int k = 0; k < count; ++k) {
+        ahead();
         const T* const row = values + k * stride + c;
         Vec value[panel_vectors];
 #pragma GCC unroll 4
