@@ -128,10 +128,71 @@ FLASHCORE_HD void few_scores(const typename Atom::Lane* queries, int depth, int 
   }
 }
 
+#if defined(__AVX512BF16__)
+// out = ratio · out + weights · values by the bf16 dot product, over 32 · groups columns: two keys at a time, whose
+// rounded weights are side by side in pairs[4 · (k / 2) + r].
+template <int groups, typename Ahead>
+FLASHCORE_HD void few_output_columns(const uint32_t* pairs, const float* ratio, const BFloat* values, int64_t stride,
+                                     int count, int head_dim, float* out, Ahead& ahead) {
+  __m512 acc[4][2 * groups];
+  for (auto& row : acc) {
+    for (__m512& x : row) x = _mm512_setzero_ps();
+  }
+  for (int k = 0; k < count; k += 2) {
+    ahead();
+    ahead();
+    const BFloat* const first = values + k * stride;
+    const BFloat* const second = values + min_of(k + 1, count - 1) * stride;  // a key too many has the weight 0
+    __m512i value[2 * groups];
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; ++g) {
+      __m512i const a = _mm512_loadu_si512(first + 32 * g), b = _mm512_loadu_si512(second + 32 * g);
+      value[2 * g] = _mm512_unpacklo_epi16(a, b);
+      value[2 * g + 1] = _mm512_unpackhi_epi16(a, b);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      __m512i const weight = _mm512_set1_epi32(static_cast<int>(pairs[2 * k + r]));
+#pragma GCC unroll 4
+      for (int v = 0; v < 2 * groups; ++v) {
+        acc[r][v] = _mm512_dpbf16_ps(acc[r][v], (__m512bh)value[v], (__m512bh)weight);
+      }
+    }
+  }
+  // Unpacking has left columns 8 j to 8 j + 3 in the first vector of a group, and 8 j + 4 to 8 j + 7 in the second.
+  __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int r = 0; r < 4; ++r) {
+    for (int g = 0; g < groups; ++g) {
+      float* const to = out + r * head_dim + 32 * g;
+      Vec const x[2] = {(Vec)_mm512_permutex2var_ps(acc[r][2 * g], low, acc[r][2 * g + 1]),
+                        (Vec)_mm512_permutex2var_ps(acc[r][2 * g], high, acc[r][2 * g + 1])};
+      for (int i = 0; i < 2; ++i) store(to + 16 * i, load(to + 16 * i) * splat(ratio[r]) + x[i]);
+    }
+  }
+}
+
+template <typename Ahead>
+FLASHCORE_HD void few_outputs(BFloatAtom, const float* weights, const float* ratio, const BFloat* values,
+                              int64_t stride, int count, int head_dim, float* out, Ahead& ahead) {
+  alignas(64) uint32_t pairs[2 * tile_k];
+  for (int k = 0; k < count; k += group_keys) {
+    __m256i const rounded = (__m256i)_mm512_cvtneps_pbh((__m512)load(weights + 4 * k));
+    __m256i const paired = _mm256_unpacklo_epi16(rounded, _mm256_bsrli_epi128(rounded, 8));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs + 2 * k), paired);
+  }
+  int c = 0;
+  for (; c + 64 <= head_dim; c += 64) {
+    few_output_columns<2>(pairs, ratio, values + c, stride, count, head_dim, out + c, ahead);
+  }
+  if (c < head_dim) few_output_columns<1>(pairs, ratio, values + c, stride, count, head_dim, out + c, ahead);
+}
+#endif
+
 // out (4 x head_dim) = ratio · out + weights · values, a panel of columns at a time. Calls ahead() meanwhile.
-template <typename T, typename Ahead>
-FLASHCORE_HD void few_outputs(const float* weights, const float* ratio, const T* values, int64_t stride, int count,
-                              int head_dim, float* out, Ahead& ahead) {
+template <typename Atom, typename T, typename Ahead>
+FLASHCORE_HD void few_outputs(Atom, const float* weights, const float* ratio, const T* values, int64_t stride,
+                              int count, int head_dim, float* out, Ahead& ahead) {
   for (int c = 0; c < head_dim; c += panel_width) {
     int const vectors = min_of(panel_width, head_dim - c) / lanes;
     Vec acc[4][panel_vectors] = {};
