@@ -347,6 +347,20 @@ def test_a_cell_beside_which_the_machine_slowed_down_is_measured_again(bench, mo
     assert order == labels
 
 
+def test_a_wrong_cell_is_exit_status_1_and_is_not_measured_again(bench, monkeypatch, tmp_path, capsys):
+    labels = [c.label for c in tiny_suite(bench, monkeypatch)]
+    wrong = spoiled(bench.compare.flashcore_provider(None), (0, 0, 0, 0), 0.5)
+    monkeypatch.setattr(bench.compare, "flashcore_provider", lambda backend: wrong)
+    probed(bench, monkeypatch, 1.0, 0.5)
+    common = ["--suite", "cpu", "--rotate", "1e-6", "--milliseconds", "1", "--rounds", "1", "--quiet", "--name", "one"]
+    assert bench.compare.main([*common, "--output", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "one.json").read_text())
+    assert [cell["label"] for cell in report["cells"]] == labels
+    assert all(cell["problem"] and "repeats" not in cell and "peaks" not in cell for cell in report["cells"])
+    assert report["summary"] == {"dtypes": {}, "seed": None}
+    assert capsys.readouterr().out.count("WRONG: ") == len(labels)
+
+
 def test_of_two_measurements_the_steadier_counts_and_a_wrong_one_stays(bench):
     slow, fast = ({"problem": "", "peaks": {"before": 1.0, "after": after}} for after in (0.5, 0.8))
     wrong = {"problem": "largest error"}
