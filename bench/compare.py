@@ -6,6 +6,8 @@
     python bench/compare.py --suite grid --peers flash cudnn fa3 --cells 0:60            # one half,
     python bench/compare.py --suite grid --peers flash cudnn fa3 --cells 60: --append    # and the other into its file
 
+    python bench/compare.py --suite cpu cpu_decode --probe build/bench/flashcore_bench
+
 Peers are PyTorch SDPA's backends (`flash`, `cudnn`, `efficient`; `sdpa` on the CPU), FlashAttention-3 (`fa3`, from the
 PyPI package fa3-fwd) and JAX's way to cuDNN (`jax`), where they are installed and can run the cell. For windows, varlen
 and causal decoding `flash` is torch.nn.attention.varlen, PyTorch's other way to the same kernels.
@@ -20,6 +22,10 @@ TFLOP/s count 4·B·H·Sq·Sk·D, half of it when causal, window + 1 keys a quer
 and o once. JAX cannot be captured in PyTorch's graph: its calls are one compiled program, timed by the clock, with its
 start counted in. A ratio is a peer's time over FlashCore's. The ceiling, `matmul_tflops`, is a bfloat16 matmul of 8192³
 in the same process, timed the same way.
+
+On the CPU the processor's peaks are probed before and after every cell (bench/probes.py says how), and FlashCore's
+share of the higher is told. A cell beside which they fell more than 10% below the run's best is measured again after
+all others, --repeats times at most; one that stays so is marked.
 
 Writes bench/results/NAME.json, after every cell, so that a run cut short can be continued with --cells and --append;
 bench/report.py makes README's tables and plots from it. Exit status: 0, or 1 when a cell of FlashCore in the file is
@@ -47,9 +53,10 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from probes import Peaks, add_share, keep_best, lowest, mark_steady, probe_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from suites import Cell, is_forward, rate_of, suites
+from suites import Cell, cpu_summary, is_cpu, is_forward, rate_of, suites
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
@@ -507,11 +514,34 @@ def strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def share_text(cell: dict[str, Any]) -> str:
+    """In percent, with a star where the machine was not steady."""
+    if "share_of_peak" not in cell:
+        return "-"
+    return f"{100 * cell['share_of_peak']:.0f}%{'' if cell['steady'] else '*'}"
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """cpu_summary() as plain text."""
+    lines = []
+    for dtype, told in summary["dtypes"].items():
+        line = f"{dtype}: geometric mean {told['ratio']:.2f} ({told['cells']} cells), lowest {told['lowest']:.2f}"
+        line += f" at {told['lowest_at']}"
+        if "share_of_peak" in told:
+            line += f"; {100 * told['share_of_peak']:.0f}% of the peak at S 2048, D 128, full"
+        lines.append(line)
+    if summary["seed"] is not None:
+        lines.append(f"the seed's shape in float16: {summary['seed']:.2f}")
+    return lines
+
+
 def text_table(report: dict[str, Any]) -> str:
     """Microseconds of every provider, FlashCore's rate, and its ratio to the best peer, as plain text."""
     names = [n for n in report["providers"] if any("microseconds" in c["providers"][n] for c in report["cells"])]
     unit, field, factor = rate_of(report["suite"])
-    lines = [[report["suite"], *(f"{n} us" for n in names), unit, "error", "best", "ratio"]]
+    shares = any("share_of_peak" in cell for cell in report["cells"])
+    share_column = ["of peak"] if shares else []
+    lines = [[report["suite"], *(f"{n} us" for n in names), unit, *share_column, "error", "best", "ratio"]]
     for cell in report["cells"]:
         if cell["problem"]:
             lines.append([cell["label"], f"WRONG: {cell['problem']}"])
@@ -522,7 +552,9 @@ def text_table(report: dict[str, Any]) -> str:
         best = min(cell["ratios"], key=cell["ratios"].get, default="")
         ratio = f"{cell['ratios'][best]:.3f}" if best else "-"
         error = f"{providers[OURS]['max_error']:.1e}"
-        lines.append([cell["label"], *times, f"{speed:.3g}" if speed < 10 else f"{speed:.0f}", error, best, ratio])
+        rate = f"{speed:.3g}" if speed < 10 else f"{speed:.0f}"
+        share = [share_text(cell)] if shares else []
+        lines.append([cell["label"], *times, rate, *share, error, best, ratio])
     widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
     rows = []
     for first, *rest in lines:
@@ -530,6 +562,14 @@ def text_table(report: dict[str, Any]) -> str:
         rows.append("  ".join([first.ljust(widths[0]), *right]))
     means = ", ".join(f"{n} {m['ratio']:.3f} ({m['cells']} cells)" for n, m in report["geometric_means"].items())
     rows.append(f"geometric means of peer's time over FlashCore's: {means or 'none'}")
+    if "summary" in report:
+        rows += summary_lines(report["summary"])
+    if "probe" in report and report["peaks"]:
+        told = ", ".join(f"{name} {value:.3g}" for name, value in report["peaks"].items())
+        rows.append(f"the best peaks, by {report['probe']}: {told}")
+        unsteady = [cell["label"] for cell in report["cells"] if not cell.get("steady", True)]
+        if unsteady:
+            rows.append(f"* the peak beside it was more than 10% below the run's best: {len(unsteady)} cells")
     if report.get("over_unmasked"):
         told = ", ".join(f"{n} {ratio:.3f}" for n, ratio in report["over_unmasked"].items())
         rows.append(f"the window's time over that of as many keys, none masked: {told}")
@@ -551,7 +591,7 @@ def earlier(path: pathlib.Path, report: dict[str, Any]) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--append: {path}: {error}") from error
     for key in report:
-        if key not in ("date", "cells", "geometric_means", "over_unmasked", "matmul_tflops"):
+        if key not in ("date", "cells", "geometric_means", "over_unmasked", "matmul_tflops", "peaks", "summary"):
             was, now = old.get(key), json.loads(json.dumps(report[key]))
             if was != now:
                 raise ValueError(f"--append: {path} has {key} {was}, this run has {now}")
@@ -571,15 +611,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every provider")
     parser.add_argument("--milliseconds", type=float, help="of work a round (default: 25, on the CPU 200)")
     parser.add_argument("--rotate", type=float, help="GiB of arrays to rotate over (default: 1, on the CPU 0.03)")
+    parser.add_argument(
+        "--probe",
+        metavar="PROGRAM",
+        help="flashcore_bench, which probes the processor's peaks (default:"
+        " FLASHCORE_BENCH_PROGRAM, else PyTorch's operations stand in); of the CPU suites",
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="of CPU cells beside which the peaks fell (default: 2)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the tables")
     options = parser.parse_args(argv)
-    options.device = "cpu" if options.suite == ["cpu"] or options.backend == "cpu" else "cuda"
-    if options.device == "cuda" and "cpu" in options.suite:
-        parser.error("--suite: cpu runs alone")
-    if options.device == "cpu" and options.suite != ["cpu"]:
-        parser.error("--backend: cpu runs the suite cpu alone")
+    on_cpu = [is_cpu(suite) for suite in options.suite]
+    options.device = "cpu" if all(on_cpu) or options.backend == "cpu" else "cuda"
+    if options.device == "cuda" and any(on_cpu):
+        parser.error("--suite: cpu and cpu_decode do not run beside suites of the GPU")
+    if options.device == "cpu" and not all(on_cpu):
+        parser.error("--backend: cpu runs the suites cpu and cpu_decode alone")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--suite: PyTorch sees no CUDA device; only the suite cpu runs without one")
+        parser.error("--suite: PyTorch sees no CUDA device; only the suites cpu and cpu_decode run without one")
     known = peers_of(options.device)
     if unknown := [name for name in options.peers or () if name not in known]:
         parser.error(f"--peers: {', '.join(unknown)} unknown on this device, expected some of {', '.join(known)}")
@@ -590,6 +638,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--cells: no cell of the {len(suites()[options.suite[0]])} of {options.suite[0]}")
     if options.rounds < 1:
         parser.error("--rounds: expected 1 or more")
+    if options.repeats < 0:
+        parser.error("--repeats: expected 0 or more")
+    options.probe = options.probe or os.environ.get("FLASHCORE_BENCH_PROGRAM") or None
     if options.milliseconds is None:
         options.milliseconds = 200.0 if options.device == "cpu" else 25.0
     if options.rotate is None:
@@ -604,9 +655,17 @@ def main(argv: list[str] | None = None) -> int:
     peers = {name: peers[name] for name in (peers if options.peers is None else options.peers)}
     ours = flashcore_provider(options.backend)
     facts = surroundings(device, options.commit)
+    probe_name, probe = "", None
+    if device == "cpu":
+        try:
+            probe_name, probe = probe_of(options.probe)
+        except ValueError as error:
+            print(f"--probe: {error}", file=sys.stderr)
+            return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    short = "cpu" if device == "cpu" else facts["device"].lower().replace("nvidia ", "").split()[0]
+    short = "" if device == "cpu" else facts["device"].lower().replace("nvidia ", "").split()[0]
     reports = []
+    peaks: Peaks = {}  # the best of the run, of all its suites
     for suite in options.suite:
         name = options.name or "-".join(dict.fromkeys(filter(None, (suite, options.backend, short))))
         path = options.output / f"{name}.json"
@@ -619,6 +678,8 @@ def main(argv: list[str] | None = None) -> int:
             "providers": [OURS, *peers],
             "cells": [],
         }
+        if probe:
+            report.update(probe=probe_name, peaks=peaks)
         if options.append:
             try:
                 old = earlier(path, report)
@@ -628,9 +689,10 @@ def main(argv: list[str] | None = None) -> int:
             report["cells"] = old["cells"]
             if "matmul_tflops" in old:
                 report["matmul_tflops"] = old["matmul_tflops"]
+            keep_best(peaks, old.get("peaks", {}))
         reports.append((report, path))
     for report, path in reports:
-        run_suite(report, path, ours, peers, options)
+        run_suite(report, path, ours, peers, options, probe)
         print(text_table(report))
         cells = report["cells"]
         absent = {n: c["providers"][n]["absent"] for c in cells for n in peers if "absent" in c["providers"][n]}
@@ -640,11 +702,17 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(cell["problem"] for report, _ in reports for cell in report["cells"]) else 0
 
 
-def run_suite(report: dict[str, Any], path: pathlib.Path, ours: Callable, peers: dict, options: Any) -> None:
+def run_suite(
+    report: dict[str, Any],
+    path: pathlib.Path,
+    ours: Callable,
+    peers: dict,
+    options: Any,
+    probe: Callable[[], Peaks] | None,
+) -> None:
     """Runs the suite of `report`, or the part that --cells names, into it and into the file."""
     suite, device = report["suite"], options.device
     whole = suites()[suite]
-    order = {cell.label: place for place, cell in enumerate(whole)}
     results = {cell["label"]: cell for cell in report["cells"]}
     if device == "cuda" and is_forward(suite):
         # The highest of the parts: a ceiling.
@@ -660,20 +728,68 @@ def run_suite(report: dict[str, Any], path: pathlib.Path, ours: Callable, peers:
     )
     begin = time.perf_counter()
     cells = whole[options.cells or slice(None)]
+    measure = lambda cell: run_cell(cell, device, ours, peers, options)  # noqa: E731
+    if probe:
+        measure = ProbedMeasure(measure, probe, report["peaks"])
     with bar:
         task = bar.add_task(suite, total=len(cells))
-        for cell in cells:
-            bar.update(task, description=f"{suite}: {cell.label}")
-            results[cell.label] = run_cell(cell, device, ours, peers, options)
-            if device == "cuda":
-                torch.cuda.empty_cache()  # or the pools of each cell's graphs stay
-            report["cells"] = [results[label] for label in sorted(results, key=lambda label: order[label])]
-            report["geometric_means"] = geometric_means(report["cells"])
-            if suite == "window":
-                report["over_unmasked"] = over_unmasked(report["cells"])
-            path.write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n")
-            bar.advance(task)
+        queue = cells
+        for attempt in range(1 + options.repeats):
+            for cell in queue:
+                bar.update(task, description=f"{suite}: {cell.label}")
+                result = measure(cell)
+                if attempt > 0:
+                    result = better(result, results[cell.label])
+                    result["repeats"] = attempt
+                results[cell.label] = result
+                if device == "cuda":
+                    torch.cuda.empty_cache()  # or the pools of each cell's graphs stay
+                gather(report, [results[c.label] for c in whole if c.label in results])
+                path.write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n")
+                bar.advance(task)
+            # After all others, since a machine that has slowed down does so for minutes.
+            queue = [cell for cell in cells if not results[cell.label].get("steady", True)]
+            if not queue:
+                break
+            if attempt < options.repeats:
+                bar.update(task, total=bar.tasks[task].total + len(queue))
     print(f"{suite}: {len(cells)} cells, {(time.perf_counter() - begin) / len(cells):.2f} s each", file=sys.stderr)
+
+
+class ProbedMeasure:
+    """Measures a cell with the processor's peaks before and after it, and keeps the best of these in `peaks`."""
+
+    def __init__(self, measure: Callable[[Cell], dict[str, Any]], probe: Callable[[], Peaks], peaks: Peaks) -> None:
+        self.measure, self.probe, self.peaks = measure, probe, peaks
+        self.last = self.probed()
+
+    def probed(self) -> Peaks:
+        found = self.probe()
+        keep_best(self.peaks, found)
+        return found
+
+    def __call__(self, cell: Cell) -> dict[str, Any]:
+        result, before = self.measure(cell), self.last
+        self.last = self.probed()
+        if not result["problem"]:
+            add_share(result, before, self.last)
+        return result
+
+
+def better(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Of two measurements of a cell that beside which the peaks fell less; a wrong result stays."""
+    return new if new["problem"] or lowest(new) >= lowest(old) else old
+
+
+def gather(report: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+    """Writes into `report` its cells and what they come to."""
+    report["cells"] = cells
+    mark_steady(cells, report.get("peaks", {}))
+    report["geometric_means"] = geometric_means(cells)
+    if report["suite"] == "window":
+        report["over_unmasked"] = over_unmasked(cells)
+    if report["suite"] == "cpu":
+        report["summary"] = cpu_summary(cells)
 
 
 if __name__ == "__main__":

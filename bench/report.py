@@ -21,7 +21,7 @@ from typing import Any
 
 import ladder
 import plot
-from suites import TITLES, rate_of
+from suites import TITLES, cpu_summary, is_cpu, rate_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
@@ -74,6 +74,8 @@ def section(report: dict[str, Any], others: list[dict[str, Any]]) -> str:
         ceiling = f" An 8192³ bfloat16 matmul reaches {report['matmul_tflops']:.0f} TFLOP/s in the same run."
     if report["suite"] == "grid":
         what, table = "", _summary(report)
+    elif report["suite"] == "cpu":
+        what, table = "", _cpu_summary(report)
     elif report["suite"] in IN_RATES:
         what, table = f"{unit} of each provider", _table(report, rates=True)
     else:
@@ -96,6 +98,8 @@ def section(report: dict[str, Any], others: list[dict[str, Any]]) -> str:
             f"{n} {means[n]['ratio']:.2f} ({means[n]['cells']} cells)" for n in [*_ran(report), "best"] if n in means
         ]
         lines += ["", f"Geometric means of the ratios: {', '.join(told)}."]
+    if is_cpu(report["suite"]):
+        lines += _processor(report)
     if report.get("over_unmasked"):
         told = [f"{n} {report['over_unmasked'][n]:.2f}" for n in _ran(report) if n in report["over_unmasked"]]
         text = "The window's time over that of as many queries with 1,024 keys each, none masked"
@@ -153,6 +157,47 @@ def _summary(report: dict[str, Any]) -> list[str]:
         name = f"{head_dim} {plot.DTYPES[dtype]}"
         lines.append(f"| {name} | {len(ratios)} | {mean:.2f} | {ratio:.3f} | {label} | {best} |")
     return lines
+
+
+def _cpu_summary(report: dict[str, Any]) -> list[str]:
+    """A line for each dtype, and the wrong cells."""
+    lines = [
+        "| dtype | cells | ratio, geometric mean | lowest | at B, H, S, D | of the peak, S 2048, D 128, full |",
+        "|---|---:|---:|---:|---|---:|",
+    ]
+    lines += [f"| {c['label']} | wrong: {c['problem']} | | | | |" for c in report["cells"] if c["problem"]]
+    summary = cpu_summary(report["cells"])
+    for dtype, told in summary["dtypes"].items():
+        share = _share(told)
+        columns = [dtype, f"{told['cells']}", f"{told['ratio']:.2f}", f"{told['lowest']:.2f}", told["lowest_at"], share]
+        lines.append(f"| {' | '.join(columns)} |")
+    if summary["seed"] is not None:
+        lines += ["", f"The seed's shape, 1, 8, 512, 64 in fp16: {summary['seed']:.2f}."]
+    return lines
+
+
+def _processor(report: dict[str, Any]) -> list[str]:
+    """The threads, and the processor's peaks where they were probed."""
+    threads = ", ".join(f"{name} {count}" for name, count in report["threads"].items())
+    texts = [f"Threads: {threads}; instruction set {report['isa']}."]
+    if report.get("peaks"):
+        names = {
+            "float32_tflops": ("float32", "GFLOP/s"),
+            "bfloat16_tflops": ("bfloat16", "GFLOP/s"),
+            "read_tbytes_per_second": ("reading", "GB/s"),
+        }
+        told = [f"{names[n][0]} {_rate(1e3 * value)} {names[n][1]}" for n, value in report["peaks"].items()]
+        texts.append(f"Peaks in the same run ({report['probe']}): {', '.join(told)}.")
+        shares = [f"{c['label']} {_share(c)}" for c in report["cells"] if c.get("page_size") is not None and _share(c)]
+        if shares:
+            texts.append(f"Share of the peak of reading: {', '.join(shares)}.")
+        if unsteady := sum(not cell.get("steady", True) for cell in report["cells"]):
+            texts.append(f"Beside {unsteady} cells a peak was more than 10% below the run's best, after repeats too.")
+    return ["", " ".join(texts)]
+
+
+def _share(told: dict[str, Any]) -> str:
+    return f"{100 * told['share_of_peak']:.0f}%" if "share_of_peak" in told else ""
 
 
 def _best(cell: dict[str, Any]) -> tuple[str, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from dataclasses import dataclass
+from typing import Any
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -20,18 +22,28 @@ TITLES = {
     "gqa": "Grouped-query attention, 32 query heads and 8 key heads, causal",
     "decode": "Decode over a cache: 32 query heads and 8 key heads",
     "cpu": "CPU",
+    "cpu_decode": "CPU, decode over a cache: 32 query heads and 8 key heads",
 }
 
 
 def rate_of(suite: str) -> tuple[str, str, float]:
     """What speed a suite is told in: the unit, the field of a provider's result, and what to multiply it by."""
-    special = {"decode": ("TB/s", "tbytes_per_second", 1.0), "cpu": ("GFLOP/s", "tflops", 1e3)}
+    special = {
+        "decode": ("TB/s", "tbytes_per_second", 1.0),
+        "cpu": ("GFLOP/s", "tflops", 1e3),
+        "cpu_decode": ("GB/s", "tbytes_per_second", 1e3),
+    }
     return special.get(suite, ("TFLOP/s", "tflops", 1.0))
 
 
 def is_forward(suite: str) -> bool:
     """Whether a suite is held against the matmul ceiling."""
     return suite in ("forward", "forward_more", "grid")
+
+
+def is_cpu(suite: str) -> bool:
+    """Whether a suite runs on the CPU, where it is held against the processor's peaks."""
+    return suite in ("cpu", "cpu_decode")
 
 
 @dataclass(frozen=True)
@@ -179,9 +191,36 @@ def suites() -> dict[str, list[Cell]]:
         "window": [Cell(1, 16, 16384, 128, True, window=1023), Cell(16, 16, 1024, 128)],
         "gqa": [Cell(b, 32, s, 128, True, heads_k=8) for b, s in ((1, 1024), (1, 4096), (2, 8192))],
         "decode": decode_cells(),
+        # 24 cells of a length: --cells 24:48 is 512, the seed's among them. The dtypes of a shape follow one another.
         "cpu": [
-            *(Cell(1, 8, 512, 64, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")),
-            Cell(1, 8, 512, 64, True, "float32"),
-            *(Cell(1, 16, 2048, 128, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")),
+            Cell(1, heads, seqlen, head_dim, causal, dtype)
+            for seqlen in (128, 512, 2048)
+            for head_dim in (64, 128)
+            for causal in (False, True)
+            for heads in (8, 16)
+            for dtype in ("float32", "bfloat16", "float16")
         ],
+        "cpu_decode": [Cell(8, 32, 1, 128, heads_k=8, seqlen_k=8192, page_size=0)],
+    }
+
+
+def cpu_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the results of the suite "cpu" come to. `dtypes`: of each its ratios' geometric mean and the lowest, with
+    the cell, and the lowest share of the peak at 2,048 tokens, head dimension 128, full, where peaks were probed.
+    `seed`: the ratio at the seed's shape, (1, 8, 512, 64) in float16, full; None where that was not measured."""
+    right = [cell for cell in cells if not cell["problem"] and cell["ratios"]]
+    dtypes: dict[str, dict[str, Any]] = {}
+    for dtype in dict.fromkeys(cell["dtype"] for cell in right):
+        own = [(cell["ratios"]["sdpa"], cell["label"]) for cell in right if cell["dtype"] == dtype]
+        low, label = min(own)
+        mean = statistics.geometric_mean(ratio for ratio, _ in own)
+        dtypes[dtype] = {"cells": len(own), "ratio": mean, "lowest": low, "lowest_at": label}
+    for cell in right:
+        if (cell["seqlen"], cell["head_dim"], cell["causal"]) == (2048, 128, False) and "share_of_peak" in cell:
+            told = dtypes[cell["dtype"]]
+            told["share_of_peak"] = min(cell["share_of_peak"], told.get("share_of_peak", math.inf))
+    seed = Cell(1, 8, 512, 64, dtype="float16").label
+    return {
+        "dtypes": dtypes,
+        "seed": next((cell["ratios"]["sdpa"] for cell in right if cell["label"] == seed), None),
     }

@@ -2,12 +2,14 @@
 # The program flashcore_bench (FLASHCORE_BENCH=ON) with the ladder's kernels, which are in nothing else. It runs on a
 # machine that has a driver and nothing of CUDA; without CUDA in the build its CPU part remains.
 file(GLOB bench_sources CONFIGURE_DEPENDS bench/cpp/*.cc)
+list(FILTER bench_sources EXCLUDE REGEX "/peak_isa\\.cc$")
 set(bench_gpu_sources ${PROJECT_SOURCE_DIR}/bench/cpp/machine_gpu.cc ${PROJECT_SOURCE_DIR}/bench/cpp/ladder.cc)
 set(bench_cpu_sources ${PROJECT_SOURCE_DIR}/bench/cpp/ladder_none.cc)
 add_executable(flashcore_bench bench/flashcore_bench.cc)
 target_link_libraries(flashcore_bench PRIVATE flashcore)
 target_include_directories(flashcore_bench PRIVATE cpp bench/cpp)
 target_compile_definitions(flashcore_bench PRIVATE ${definitions})
+flashcore_cpu_instruction_sets(flashcore_bench bench/cpp/peak_isa.cc)
 if(FLASHCORE_CUDA)
   list(REMOVE_ITEM bench_sources ${bench_cpu_sources})
   add_library(flashcore_ladder OBJECT cpp/ladder/ladder.cc cpp/ladder/baseline.cu cpp/ladder/vectorized.cu

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# Compiles cpp/cpu/forward_isa.cc into `target` once for each instruction set that the compiler knows, each in a namespace of
-# its own, and tells cpp/cpu/dispatch.cc which: FLASHCORE_CPU_HAS_AVX2=1, ... The processor chooses at run time.
+# Compiles `source` into `target` once for each instruction set that the compiler knows, each in a namespace of its own, and
+# tells the target's other sources which: FLASHCORE_CPU_HAS_AVX2=1, ... The processor chooses at run time (cpp/cpu/dispatch.cc).
 include(CheckCXXCompilerFlag)
 
-function(flashcore_cpu_instruction_sets target)
+function(flashcore_cpu_instruction_sets target source)
   set(names baseline)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND NOT CMAKE_OSX_ARCHITECTURES MATCHES "arm64")
     if(MSVC)
@@ -25,15 +25,15 @@ function(flashcore_cpu_instruction_sets target)
     endif()
   endif()
   foreach(name IN LISTS names)
-    add_library(flashcore_cpu_${name} OBJECT cpp/cpu/forward_isa.cc)
-    target_include_directories(flashcore_cpu_${name} PRIVATE cpp cpp/include)
-    target_compile_definitions(flashcore_cpu_${name} PRIVATE FLASHCORE_CPU_NAMESPACE=${name})
-    target_compile_options(flashcore_cpu_${name} PRIVATE ${flags_${name}})
+    add_library(${target}_cpu_${name} OBJECT ${source})
+    target_include_directories(${target}_cpu_${name} PRIVATE cpp cpp/include)
+    target_compile_definitions(${target}_cpu_${name} PRIVATE FLASHCORE_CPU_NAMESPACE=${name})
+    target_compile_options(${target}_cpu_${name} PRIVATE ${flags_${name}})
     if(NOT MSVC)
-      target_compile_options(flashcore_cpu_${name} PRIVATE $<$<CONFIG:Release>:-O3> -ffp-contract=fast)
+      target_compile_options(${target}_cpu_${name} PRIVATE $<$<CONFIG:Release>:-O3> -ffp-contract=fast)
     endif()
     string(TOUPPER ${name} upper)
     target_compile_definitions(${target} PRIVATE FLASHCORE_CPU_HAS_${upper}=1)
-    target_sources(${target} PRIVATE $<TARGET_OBJECTS:flashcore_cpu_${name}>)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_cpu_${name}>)
   endforeach()
 endfunction()

@@ -23,12 +23,27 @@ def bench(monkeypatch):
     import compare
     import ladder
     import plot
+    import probes
     import report
     import suites
 
-    yield SimpleNamespace(compare=compare, ladder=ladder, plot=plot, report=report, suites=suites)
-    for name in ("compare", "ladder", "plot", "report", "suites"):
+    yield SimpleNamespace(compare=compare, ladder=ladder, plot=plot, probes=probes, report=report, suites=suites)
+    for name in ("compare", "ladder", "plot", "probes", "report", "suites"):
         sys.modules.pop(name, None)
+
+
+PEAKS = {"float32_tflops": 0.2, "bfloat16_tflops": 0.4, "read_tbytes_per_second": 0.02}
+
+
+def probed(bench, monkeypatch, *speeds):
+    """Makes the probe tell PEAKS times each of `speeds` in turn, and the last one from then on."""
+    left = list(speeds or (1.0,))
+
+    def probe():
+        speed = left.pop(0) if len(left) > 1 else left[0]
+        return {name: value * speed for name, value in PEAKS.items()}
+
+    monkeypatch.setattr(bench.compare, "probe_of", lambda program: ("made up", probe))
 
 
 OPTIONS = SimpleNamespace(rotate=1e-6, rounds=3, milliseconds=1.0)
@@ -171,6 +186,9 @@ def test_sdpa_says_that_it_has_no_windows(bench, device):
     [
         ["--suite", "none"],
         ["--suite", "cpu", "forward"],
+        ["--suite", "cpu_decode", "decode"],
+        ["--suite", "forward", "--backend", "cpu"],
+        ["--suite", "cpu", "--repeats", "-1"],
         ["--suite", "cpu", "--peers", "none"],
         ["--rounds", "x"],
         ["--suite", "cpu", "--cells", "3"],
@@ -212,6 +230,12 @@ def test_the_other_suites_have_the_cells_of_the_tables(bench):
     mixed = next(c for c in decode if c.lengths)
     assert len(mixed.lengths) == 64 and all(n % 64 == 0 and 128 <= n <= 32768 for n in mixed.lengths)
     assert mixed.shape_q == (1, 64, 32, 128) and mixed.shape_k == (1, sum(mixed.lengths), 8, 128)
+    cpu = suites["cpu"]
+    assert len(cpu) == len({c.label for c in cpu}) == 72
+    assert len({(c.heads, c.seqlen, c.head_dim, c.causal) for c in cpu}) == 3 * 2 * 2 * 2
+    assert bench.suites.Cell(1, 8, 512, 64, dtype="float16") in cpu[24:48] and {c.seqlen for c in cpu[24:48]} == {512}
+    (cached,) = suites["cpu_decode"]
+    assert cached.bytes == 2 * 8 * (8192 * 8 + 32) * 128 * 2 and cached.decodes
     window, unmasked = suites["window"]
     assert window.flops == unmasked.flops == 4 * 16 * 16384 * 1024 * 128
     assert window.bytes == unmasked.bytes
@@ -221,6 +245,7 @@ def tiny_suite(bench, monkeypatch):
     lengths = (33, 40, 47)
     tiny = [bench.suites.Cell(1, 2, s, 16, causal, "float32") for s in lengths for causal in (False, True)]
     monkeypatch.setattr(bench.compare, "suites", lambda: {**bench.suites.suites(), "cpu": tiny})
+    probed(bench, monkeypatch)
     return tiny
 
 
@@ -252,6 +277,129 @@ def test_parts_of_a_suite_come_together_in_one_file(bench, monkeypatch, tmp_path
         (tmp_path / "parts.json").write_text(json.dumps({**after, key: value}))
         assert bench.compare.main([*common, "a", "--append"]) == 2
         assert f"has {key} " in capsys.readouterr().err
+
+
+def measured(bench, folder, *arguments):
+    """The report of compare.py on the suite cpu."""
+    common = ["--suite", "cpu", "--rotate", "1e-6", "--milliseconds", "1", "--rounds", "1", "--quiet", "--name", "one"]
+    assert bench.compare.main([*common, "--output", str(folder), *arguments]) == 0
+    return json.loads((folder / "one.json").read_text())
+
+
+def test_each_cell_is_held_against_the_peaks_beside_it(bench, monkeypatch, tmp_path, capsys):
+    cells = [
+        bench.suites.Cell(1, 8, 512, 64, dtype="float16"),
+        bench.suites.Cell(1, 1, 2048, 128, dtype="bfloat16"),
+        bench.suites.Cell(2, 4, 1, 64, dtype="bfloat16", heads_k=2, seqlen_k=64, page_size=0),
+    ]
+    monkeypatch.setattr(bench.compare, "suites", lambda: {**bench.suites.suites(), "cpu": cells})
+    probed(bench, monkeypatch, 0.95, 1.0, 0.95, 1.0)
+    report = measured(bench, tmp_path)
+    assert report["probe"] == "made up" and report["peaks"] == PEAKS
+    seed, half, decode = report["cells"]
+    assert seed["peaks"] == {"name": "float32_tflops", "before": pytest.approx(0.19), "after": 0.2}
+    assert half["peaks"] == {"name": "bfloat16_tflops", "before": 0.4, "after": pytest.approx(0.38)}
+    for cell, field, peak in ((seed, "tflops", 0.2), (half, "tflops", 0.4), (decode, "tbytes_per_second", 0.02)):
+        assert cell["steady"] and "repeats" not in cell
+        assert cell["share_of_peak"] == pytest.approx(cell["providers"]["flashcore"][field] / peak)
+    summary = report["summary"]
+    assert summary["seed"] == seed["ratios"]["sdpa"] == summary["dtypes"]["float16"]["ratio"]
+    assert summary["dtypes"]["bfloat16"]["share_of_peak"] == half["share_of_peak"]
+    assert "share_of_peak" not in summary["dtypes"]["float16"]
+    printed = capsys.readouterr().out
+    assert "the seed's shape in float16: " in printed and "% of the peak at S 2048" in printed and "*" not in printed
+    assert bench.probes.governing(half, {"float32_tflops": 1.0}) == "float32_tflops"  # there is no dot product
+
+
+def test_the_summary_has_means_and_the_lowest(bench):
+    def cell(dtype, ratio, problem="", **more):
+        shape = {"seqlen": 2048, "head_dim": 128, "causal": False, **more}
+        return {"dtype": dtype, "problem": problem, "ratios": {"sdpa": ratio}, "label": f"{dtype} {ratio}", **shape}
+
+    cells = [cell("float32", 1.0, share_of_peak=0.7), cell("float32", 4.0, share_of_peak=0.6)]
+    cells += [cell("float32", 9.0, "wrong"), cell("float16", 3.0, causal=True, share_of_peak=0.1)]
+    summary = bench.suites.cpu_summary(cells)
+    low = {"lowest": 1.0, "lowest_at": "float32 1.0"}
+    assert summary["dtypes"]["float32"] == {"cells": 2, "ratio": pytest.approx(2.0), **low, "share_of_peak": 0.6}
+    assert "share_of_peak" not in summary["dtypes"]["float16"] and summary["seed"] is None
+
+
+def test_a_cell_beside_which_the_machine_slowed_down_is_measured_again(bench, monkeypatch, tmp_path, capsys):
+    labels = [c.label for c in tiny_suite(bench, monkeypatch)]
+    order, right = [], bench.compare.run_cell
+    monkeypatch.setattr(bench.compare, "run_cell", lambda cell, *rest: order.append(cell.label) or right(cell, *rest))
+    # Before the first cell, and after each: the third one has a slow machine after it, the fourth before it.
+    probed(bench, monkeypatch, 1.0, 1.0, 1.0, 0.5, 1.0)
+    report = measured(bench, tmp_path)
+    assert order == labels + labels[2:4]
+    assert [cell.get("repeats", 0) for cell in report["cells"]] == [0, 0, 1, 1, 0, 0]
+    assert all(cell["steady"] for cell in report["cells"]) and "*" not in capsys.readouterr().out
+
+    # Faster at the end than before: what was measured until then does not count. It stays slow, and that is marked.
+    order.clear()
+    probed(bench, monkeypatch, *[0.8] * 6, 1.0, 0.8)
+    report = measured(bench, tmp_path, "--repeats", "1")
+    assert order == labels * 2
+    assert [cell["steady"] for cell in report["cells"]] == [False] * 6
+    assert "below the run's best: 6 cells" in capsys.readouterr().out
+    order.clear()
+    measured(bench, tmp_path, "--repeats", "0")
+    assert order == labels
+
+
+def test_a_wrong_cell_is_exit_status_1_and_is_not_measured_again(bench, monkeypatch, tmp_path, capsys):
+    labels = [c.label for c in tiny_suite(bench, monkeypatch)]
+    wrong = spoiled(bench.compare.flashcore_provider(None), (0, 0, 0, 0), 0.5)
+    monkeypatch.setattr(bench.compare, "flashcore_provider", lambda backend: wrong)
+    probed(bench, monkeypatch, 1.0, 0.5)
+    common = ["--suite", "cpu", "--rotate", "1e-6", "--milliseconds", "1", "--rounds", "1", "--quiet", "--name", "one"]
+    assert bench.compare.main([*common, "--output", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "one.json").read_text())
+    assert [cell["label"] for cell in report["cells"]] == labels
+    assert all(cell["problem"] and "repeats" not in cell and "peaks" not in cell for cell in report["cells"])
+    assert report["summary"] == {"dtypes": {}, "seed": None}
+    assert capsys.readouterr().out.count("WRONG: ") == len(labels)
+
+
+def test_of_two_measurements_the_steadier_counts_and_a_wrong_one_stays(bench):
+    slow, fast = ({"problem": "", "peaks": {"before": 1.0, "after": after}} for after in (0.5, 0.8))
+    wrong = {"problem": "largest error"}
+    better = bench.compare.better
+    assert better(slow, fast) is fast and better(fast, slow) is fast and better(wrong, fast) is wrong
+
+
+def test_pytorch_stands_in_for_the_probe(bench):
+    name, _ = bench.probes.probe_of(None)
+    peaks = bench.probes.torch_peaks(rounds=2, size=64, elements=1 << 16)
+    assert name.startswith("torch") and set(peaks) == set(PEAKS) and all(0 < value < 100 for value in peaks.values())
+
+
+STAND_IN = """#!{python}
+import json, os, sys
+report = {{"threads": int(os.environ["OMP_NUM_THREADS"]), "isa": "{isa}", "peak": {peaks}}}
+assert sys.argv[1:4] == ["peak", "--backend", "cpu"]
+open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps(report))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script that is a program")
+def test_a_program_probes(bench, tmp_path, capsys):
+    import flashcore
+
+    program = tmp_path / "program"
+    isa = flashcore.info()["cpu"]["isa"]
+    program.write_text(STAND_IN.format(python=sys.executable, isa=isa, peaks=PEAKS))
+    program.chmod(0o755)
+    name, probe = bench.probes.probe_of(str(program))
+    assert name == "flashcore_bench peak" and probe() == PEAKS
+    program.write_text(STAND_IN.format(python=sys.executable, isa="another", peaks=PEAKS))
+    with pytest.raises(ValueError, match="isa another"):
+        bench.probes.probe_of(str(program))
+    program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('a reason')\n")
+    with pytest.raises(ValueError, match="a reason"):
+        bench.probes.probe_of(str(program))
+    assert bench.compare.main(["--suite", "cpu", "--probe", str(tmp_path / "none"), "--output", str(tmp_path)]) == 2
+    assert "--probe: " in capsys.readouterr().err and not list(tmp_path.glob("*.json"))
 
 
 def test_a_run_cut_short_keeps_its_cells(bench, monkeypatch, tmp_path):
@@ -374,8 +522,11 @@ def test_a_plot_has_a_panel_and_a_line_for_each(bench):
 
 def test_from_a_result_file_to_readme(bench, monkeypatch, tmp_path, capsys):
     tiny = [bench.suites.Cell(1, 2, 33, 16, dtype="float32"), bench.suites.Cell(1, 2, 40, 16, True, "float32")]
-    monkeypatch.setattr(bench.compare, "suites", lambda: {**bench.suites.suites(), "cpu": tiny})
-    arguments = ["--suite", "cpu", "--output", str(tmp_path), "--rotate", "1e-6", "--milliseconds", "1", "--quiet"]
+    both = {"cpu": tiny, "cpu_decode": [bench.suites.Cell(2, 4, 1, 32, heads_k=2, seqlen_k=50, page_size=0)]}
+    monkeypatch.setattr(bench.compare, "suites", lambda: {**bench.suites.suites(), **both})
+    probed(bench, monkeypatch)
+    common = ["--output", str(tmp_path), "--rotate", "1e-6", "--milliseconds", "1", "--quiet"]
+    arguments = ["--suite", "cpu", *common]
     assert bench.compare.main([*arguments, "--commit", "0123456789abcdef", "--name", "first"]) == 0
     assert "geometric means" in capsys.readouterr().out
     report = json.loads((tmp_path / "first.json").read_text())
@@ -389,11 +540,22 @@ def test_from_a_result_file_to_readme(bench, monkeypatch, tmp_path, capsys):
     assert bench.report.main(places) == 0
     written = readme.read_text()
     assert written.startswith("above\n") and written.endswith("\nbelow\n")
-    assert "| 1, 2, 33, 16 fp32 |" in written and "first.json" in written and "0123456789ab" in written
+    means = report["summary"]["dtypes"]["float32"]
+    assert f"| float32 | 2 | {means['ratio']:.2f} | {means['lowest']:.2f} | {means['lowest_at']} |  |" in written
+    assert "first.json" in written and "0123456789ab" in written
+    assert "(made up): float32 200 GFLOP/s, bfloat16 400 GFLOP/s, reading 20 GB/s." in written
     assert bench.report.main(["--check", *places]) == 0
-    readme.write_text(written.replace("33, 16 fp32 | ", "33, 16 fp32 | 9"))  # a figure that no script wrote
+    readme.write_text(written.replace("| float32 | ", "| float32 | 9"))  # a figure that no script wrote
     assert bench.report.main(["--check", *places]) == 1
     assert bench.report.main(places) == 0 and readme.read_text() == written
+    assert bench.compare.main(["--suite", "cpu", "cpu_decode", *common]) == 0
+    (tmp_path / "cpu.json").unlink()
+    assert bench.report.main(places) == 0
+    decoded = readme.read_text()
+    share = json.loads((tmp_path / "cpu_decode.json").read_text())["cells"][0]["share_of_peak"]
+    assert "### CPU, decode" in decoded and "| B, H, S, D | GB/s | flashcore us | sdpa us |" in decoded
+    assert f"Share of the peak of reading: 2, 4/2, 1/50, 32 bf16 {100 * share:.0f}%" in decoded
+    (tmp_path / "cpu_decode.json").unlink()
     (tmp_path / "first.json").unlink()
     assert bench.report.main(places) == 0
     assert readme.read_text() == f"above\n{bench.report.BEGIN}\n{bench.report.END}\nbelow\n"

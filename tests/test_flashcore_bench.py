@@ -11,6 +11,8 @@ import subprocess
 
 import pytest
 
+import flashcore
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -51,6 +53,8 @@ def run(program, *arguments):
         (["sweep", "--suite", "none"], "forward"),
         (["ladder", "--window", "1,1"], "--window"),
         (["ladder", "--dtype", "fp32"], "--dtype"),
+        (["peak", "--rounds", "3"], "--rounds"),
+        (["peak", "--backend", "tpu"], "--backend"),
     ],
 )
 def test_bad_usage_is_exit_status_2_and_prints_no_result(program, arguments, named):
@@ -59,7 +63,7 @@ def test_bad_usage_is_exit_status_2_and_prints_no_result(program, arguments, nam
     assert named in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["ladder"], ["peak"], ["attention", "--backend", "sm80"]])
+@pytest.mark.parametrize("arguments", [["ladder"], ["peak", "--backend", "sm80"], ["attention", "--backend", "sm80"]])
 def test_what_needs_a_gpu_says_so(program, arguments, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     file = tmp_path / "x.json"
@@ -99,6 +103,31 @@ def test_a_problem_on_the_cpu_is_checked_and_timed(program, arguments, seen, exp
     head_dim = cell["head_dim"]
     assert cell["tflops"] == pytest.approx(4 * head_dim * seen / cell["microseconds"] / 1e6, rel=1e-6)
     assert expected.items() <= cell.items()
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("isa", flashcore.info()["cpu"]["isas"])
+def test_the_peaks_of_the_processor(program, isa, threads, tmp_path):
+    file = tmp_path / "peak.json"
+    environment = {**os.environ, "FLASHCORE_CPU_ISA": isa, "OMP_NUM_THREADS": threads}
+    command = [program, "peak", "--backend", "cpu", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    if "does not support" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["kind"] == "peak" and report["isa"] == isa and report["threads"] == int(threads)
+    peak = report["peak"]
+    assert 1e-4 < peak["float32_tflops"] < 100 and 1e-4 < peak["read_tbytes_per_second"] < 10
+    # The dot product does twice the work of a multiply-add in one instruction.
+    assert ("bfloat16_tflops" in peak) == (isa == "avx512bf16") == ("bfloat16" in done.stdout)
+    assert f"{1e3 * peak['float32_tflops']:.1f} GFLOP/s" in done.stdout and isa in done.stdout
+
+
+def test_without_a_gpu_the_peaks_are_the_processors(program):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([program, "peak"], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and "multiply-add, float32" in done.stdout
 
 
 def test_a_suite_has_the_cells_of_the_python_suite(program, monkeypatch, tmp_path):

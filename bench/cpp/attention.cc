@@ -18,10 +18,7 @@ struct Result {
   double allowed = 0;
 };
 
-std::unique_ptr<Machine> machine_for(Backend backend) {
-  if (backend == Backend::cpu || (backend == Backend::automatic && cuda_device_count() == 0)) return cpu_machine();
-  return gpu_machine();
-}
+std::unique_ptr<Machine> machine_for(Backend backend) { return on_cpu(backend) ? cpu_machine() : gpu_machine(); }
 
 Result measure(Machine& machine, const Case& c, const Options& options) {
   bool const cpu = machine.device().type == DeviceType::cpu;

@@ -9,7 +9,13 @@
 #include <ctime>
 #include <fstream>
 
+#include "flashcore/flashcore.h"
+
 namespace flashcore::bench {
+
+bool on_cpu(Backend backend) {
+  return backend == Backend::cpu || (backend == Backend::automatic && cuda_device_count() == 0);
+}
 
 Json report(const char* kind, const Options& options, const Machine& machine) {
   char date[16] = "";

@@ -11,6 +11,9 @@ int attention(const Options& options);  // attention.cc
 int sweep(const Options& options);      // attention.cc
 int peak(const Options& options);       // peak.cc
 
+// Whether a command runs on the CPU: where --backend says so, or says nothing and there is no GPU.
+bool on_cpu(Backend backend);
+
 // What every result file begins with: kind, date, commit, and the machine's facts.
 Json report(const char* kind, const Options& options, const Machine& machine);
 // Writes it where --json says, if it does. Throws RuntimeError.

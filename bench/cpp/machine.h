@@ -80,6 +80,17 @@ struct Peak {
 Peak measure_peak(Machine& gpu);
 Json to_json(const Peak& peak);
 
+// What a processor reaches on its own, in the instruction set and on the threads of the kernels.
+struct CpuPeak {
+  double float32_tflops = 0;   // multiply-adds, operands in registers
+  double bfloat16_tflops = 0;  // dot products, operands in registers; 0 where the instruction set has none
+  double read_tbytes = 0;      // per second, of an array larger than the caches
+};
+
+// Of `cpu`, which is cpu_machine()'s. Takes half a second and a quarter of a gibibyte, which it gives back.
+CpuPeak measure_cpu_peak(Machine& cpu);
+Json to_json(const CpuPeak& peak);
+
 // (largest − smallest) / median and the median, of one number a round.
 Timing summary(std::vector<double> microseconds, int calls);
 

@@ -18,7 +18,7 @@ commands
   ladder     every kernel from a scalar one to the library's own, on one problem, beside one another; needs a GPU
   attention  one problem through the public interface
   sweep      a suite of problems: forward, small or decode
-  peak       what this GPU's tensor cores and memory reach; needs a GPU
+  peak       what this GPU's tensor cores and memory reach, or without a GPU the processor's registers and memory
 
 the problem (ladder, attention)
   --shape B,H,S,D       batch, heads, sequence length, head dimension (default 1,8,512,64)
@@ -30,7 +30,7 @@ and of attention alone
   --varlen N,N,...      B sequences of these lengths, packed one after another; the longest is S
   --window LEFT,RIGHT   keys that a query sees to either side; "all" is no limit
   --scale X --softcap X
-  --backend NAME        cpu, sm80 or sm90 (default: plan chooses); also of sweep
+  --backend NAME        cpu, sm80 or sm90 (default: plan chooses); also of sweep and peak
 
 of sweep
   --suite NAME          forward, small or decode
@@ -151,7 +151,7 @@ Options parse(int argc, char** argv) {
       {"--scale", {"a", true, [&](auto& text) { o.problem.scale = number<double>("--scale", text, -1e6, 1e6); }}},
       {"--softcap", {"a", true, [&](auto& text) { o.problem.softcap = number<double>("--softcap", text, 0, 1e6); }}},
       {"--backend",
-       {"as", true,
+       {"asp", true,
         [&](auto& text) {
           o.problem.backend = chosen<Backend>(
               "--backend", text, {{"cpu", Backend::cpu}, {"sm80", Backend::sm80}, {"sm90", Backend::sm90}});

@@ -3,10 +3,35 @@
 #include <cstdio>
 
 #include "commands.h"
+#include "flashcore/flashcore.h"
 
 namespace flashcore::bench {
+namespace {
+
+int peak_of_cpu(const Options& options) {
+  auto const cpu = cpu_machine();
+  progress("measuring the peaks of this processor");
+  CpuPeak const p = measure_cpu_peak(*cpu);
+  progress("");
+  Json json = report("peak", options, *cpu);
+  json.set("peak", to_json(p));
+  std::vector<std::vector<std::string>> rows = {
+      {"threads", std::to_string(num_threads())},
+      {"instruction set", build_info().cpu_isa},
+      {"multiply-add, float32", format("%.1f GFLOP/s", p.float32_tflops * 1e3)}};
+  if (p.bfloat16_tflops > 0) {
+    rows.push_back({"dot product, bfloat16", format("%.1f GFLOP/s", p.bfloat16_tflops * 1e3)});
+  }
+  rows.push_back({"memory, read", format("%.1f GB/s", p.read_tbytes * 1e3)});
+  std::fputs(table(rows).c_str(), stdout);
+  write(options, json);
+  return 0;
+}
+
+}  // namespace
 
 int peak(const Options& options) {
+  if (on_cpu(options.problem.backend)) return peak_of_cpu(options);
   auto const gpu = gpu_machine();
   progress("measuring the peaks of this GPU");
   Peak const p = measure_peak(*gpu);
