@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from arrays import torch
 
 MUST = ("must", "expected")
@@ -46,6 +47,19 @@ def check_message(message: str, row: Row) -> None:
 def snapshot(arrays, call):
     """Copies of every array of a call, as (array, copy)."""
     return [(a, arrays.copy(a)) for a in call.values() if arrays.of_this_library(a) and a.shape != ()]
+
+
+def assert_refused(function, arrays, call, row) -> None:
+    """The good call made bad by the row raises as the row says, before anything is written."""
+    out = call["out"]
+    call = {**call, **row.change(arrays, call)}
+    saved = snapshot(arrays, call)
+    with pytest.raises(row.error) as caught:
+        function(**call)
+    arrays.synchronize()
+    check_message(str(caught.value), row)
+    assert arrays.is_poison(out)
+    assert all(equal_bytes(a, b) for a, b in saved), "an array changed"
 
 
 def equal_bytes(a, b) -> bool:

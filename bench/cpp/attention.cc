@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "commands.h"
+#include "core/problem_facts.h"
 #include "reference.h"
 
 namespace flashcore::bench {
@@ -46,19 +47,6 @@ Result measure(Machine& machine, const Case& c, const Options& options) {
   return result;
 }
 
-const char* name(Backend backend) {
-  switch (backend) {
-    case Backend::cpu:
-      return "cpu";
-    case Backend::sm80:
-      return "sm80";
-    case Backend::sm90:
-      return "sm90";
-    default:
-      return "chosen by plan";
-  }
-}
-
 // Measures the cases and prints them as one table.
 int run(const Options& options, const char* kind, const std::vector<Case>& cases) {
   auto const machine = machine_for(options.problem.backend);
@@ -99,7 +87,8 @@ int run(const Options& options, const char* kind, const std::vector<Case>& cases
   progress("");
   Json json = report(kind, options, *machine);
   if (!options.suite.empty()) json.set("suite", options.suite);
-  json.set("backend", name(options.problem.backend));
+  Backend const backend = options.problem.backend;
+  json.set("backend", backend == Backend::automatic ? "chosen by plan" : to_string(backend));
   json.set("seed", options.seed);
   json.set("cells", cells);
   std::fputs(table(rows).c_str(), stdout);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/problem_facts.h"
 #include "flashcore/flashcore.h"
 
 #if FLASHCORE_HAS_CUDA
@@ -92,7 +93,7 @@ void check_values(const KvCacheProblem& problem) {
   if (!problem.paged()) return;
   auto const table = values_of(problem.page_table, problem.stream);
   int64_t const columns = problem.page_table.shape[1], pages = problem.key_cache.shape[0];
-  int64_t const page_size = problem.key_cache.shape[problem.layout == Layout::bshd ? 1 : 2];
+  int64_t const page_size = problem.key_cache.shape[sequence_axis(problem.layout)];
   for (size_t b = 0; b < lengths.size(); ++b) {
     int64_t const used = (lengths[b] + appended + page_size - 1) / page_size;
     for (int64_t i = 0; i < used; ++i) {

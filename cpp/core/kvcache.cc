@@ -8,8 +8,6 @@
 namespace flashcore {
 namespace {
 
-int sequence_axis(const KvCacheProblem& problem) { return problem.layout == Layout::bshd ? 1 : 2; }
-
 // The problem of queries over `key` and `value`, without what is particular to a cache.
 Problem over(const KvCacheProblem& problem, const Tensor& key, const Tensor& value) {
   Problem forward = options_of(problem);
@@ -47,7 +45,7 @@ Sizes sizes(const KvCacheProblem& problem) {
 }
 
 int64_t new_tokens(const KvCacheProblem& problem) {
-  return problem.key.present() ? problem.key.shape[sequence_axis(problem)] : 0;
+  return problem.key.present() ? problem.key.shape[sequence_axis(problem.layout)] : 0;
 }
 
 KvCacheParams kvcache_params(const KvCacheProblem& problem) {
@@ -67,7 +65,7 @@ KvCacheParams kvcache_params(const KvCacheProblem& problem) {
     p.page_table = static_cast<int32_t const*>(table.data);
     p.page_table_stride = table.shape[0] > 1 ? table.stride[0] : 0;
     p.pages = static_cast<int32_t>(problem.key_cache.shape[0]);
-    p.page_size = static_cast<int32_t>(problem.key_cache.shape[sequence_axis(problem)]);
+    p.page_size = static_cast<int32_t>(problem.key_cache.shape[sequence_axis(problem.layout)]);
   }
   if (int64_t const count = new_tokens(problem); count > 0) {
     ForwardParams const appended = forward_params(over(problem, problem.key, problem.value));

@@ -23,6 +23,9 @@ bool plain_score(const Problem& problem);
 // The options of a problem over a cache and its arrays as if the cache were its keys and values.
 Problem options_of(const KvCacheProblem& problem);
 
+// The axis of tokens in an array of four dimensions.
+inline int sequence_axis(Layout layout) { return layout == Layout::bshd ? 1 : 2; }
+
 // "9.0"
 std::string capability(const DeviceProperties& device);
 

@@ -30,7 +30,7 @@ void validate(const Problem& problem) {
   check_backend(problem);
 
   Sizes const s = sizes(problem);
-  int const batch_axis = 0, sequence_axis = varlen ? 0 : problem.layout == Layout::bshd ? 1 : 2;
+  int const batch_axis = 0, tokens_axis = varlen ? 0 : sequence_axis(problem.layout);
   int const heads_axis = varlen ? 1 : problem.layout == Layout::bshd ? 2 : 1, dim_axis = q.ndim - 1;
 
   check_head_dim(q);
@@ -40,14 +40,14 @@ void validate(const Problem& problem) {
     check_extent("key", "batch", k.shape[batch_axis], "query", s.batch);
     check_extent("value", "batch", v.shape[batch_axis], "query", s.batch);
   }
-  check_extent("value", varlen ? "number of tokens" : "sequence length", v.shape[sequence_axis], "key",
-               k.shape[sequence_axis]);
+  check_extent("value", varlen ? "number of tokens" : "sequence length", v.shape[tokens_axis], "key",
+               k.shape[tokens_axis]);
   check_extent("value", "number of heads", v.shape[heads_axis], "key", s.heads_k);
   // Positions within a sequence are 32-bit in the kernels; offsets are 64-bit.
   for (auto const& [name, tensor] : inputs) {
-    if (tensor.shape[sequence_axis] > unlimited) {
+    if (tensor.shape[tokens_axis] > unlimited) {
       refuse(name, std::string(varlen ? "number of tokens" : "sequence length") + " is " +
-                       std::to_string(tensor.shape[sequence_axis]) + "; expected at most 2^30 = 1073741824");
+                       std::to_string(tensor.shape[tokens_axis]) + "; expected at most 2^30 = 1073741824");
     }
   }
   check_heads("key", s.batch, s.heads_q, s.heads_k);

@@ -52,7 +52,7 @@ void validate(const KvCacheProblem& problem) {
   check_options(options_of(problem));
   check_backend(options_of(problem));
 
-  int const sequence = problem.layout == Layout::bshd ? 1 : 2, heads = 3 - sequence;
+  int const sequence = sequence_axis(problem.layout), heads = 3 - sequence;
   check_head_dim(q);
   check_pair({"key_cache", cache}, {"value_cache", problem.value_cache}, q);
   if (problem.paged()) {
