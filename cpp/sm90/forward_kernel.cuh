@@ -33,9 +33,12 @@ struct ForwardConfig {
   static constexpr int slots = slots_;            // of the ring; each holds a tile of keys or of values
   // Warpgroups issue their products one after the other, so that one's softmax meets the others' products.
   static constexpr bool in_turn = in_turn_;
+  // Queries as the first product's operand from registers, where there are enough: shared memory is read for keys
+  // alone, and the queries' place is free for the next job's as soon as they have been read.
+  static constexpr bool queries_in_registers = q_buffers_ == 1 && warpgroups_ == 2 && head_dim_ <= 128;
   // With room for the next job's queries its first scores are computed together with this job's last output.
   static constexpr int q_buffers = q_buffers_;
-  static constexpr bool pipelined = q_buffers > 1;
+  static constexpr bool pipelined = q_buffers > 1 || queries_in_registers;
   // A column of ones beside the values makes the second product give the rows' sums. At head dimension 64 these
   // additions are a sixth of the loop's instructions, and the product grows by an eighth. The product adds the rounded
   // weights, which is right for the output and not for the log-sum-exp: see WithLse.
@@ -43,8 +46,16 @@ struct ForwardConfig {
   static constexpr bool adds_sums = !sums_by_product;
   static constexpr int columns = head_dim + (sums_by_product ? 8 : 0);  // of the second product
 
+  // Tiles that every row sees whole leave the rows' references where they are: see `steady_step`.
+  static constexpr bool steady = plain_score_;
+  // Weights are cut to bfloat16's bits before they are added up, see `run_forward`.
+  static constexpr bool cuts = !sums_by_product && std::is_same_v<Element, __nv_bfloat16>;
+
   static constexpr int tile_q = 64 * warpgroups;
   static constexpr int threads = 128 * (1 + warpgroups);
+  // Under a causal mask the first warpgroups of a tile do not see its last keys, and leave them out.
+  static constexpr bool skips = !in_turn && tile_k < tile_q && pipelined;
+  static constexpr int most_skipped = (tile_q - 1) / tile_k;
   static constexpr int panels = (head_dim + panel_columns - 1) / panel_columns;
   static constexpr int q_panel = tile_q * row_bytes, kv_panel = tile_k * row_bytes;
   static constexpr int q_bytes = panels * q_panel, kv_bytes = panels * kv_panel;
@@ -71,12 +82,22 @@ struct TilePlace {
   int row, head, sequence;
 };
 
+// What the producer tells the consumers: a tile of queries, or that there are no more, or that they shall have noted by
+// the time that they answer which jobs have to be done again.
+struct Posted : Work {
+  static constexpr int end = -1, notes = -2;  // instead of a tile
+  bool once_more;
+};
+
 template <class Config>
 struct SharedMemory {
   alignas(1024) char q[Config::q_buffers][Config::q_bytes];
   alignas(1024) char kv[Config::slots][Config::kv_bytes];
   alignas(1024) char ones[Config::sums_by_product ? Config::kv_panel : 16];
-  Work work[2];  // what the queries are for, of every other job in the same place
+  Posted work[4];  // what the queries are for, of the last jobs in turn
+  // Jobs to be done once more, with the exact loop alone, and whether one of the last ones is among them.
+  Work again[12];
+  int again_count, noted[4];
   // The producer's own, for which it has no registers left: its tile, and the values to be loaded next, or row −1.
   uint32_t tile;
   TilePlace values;
@@ -92,6 +113,10 @@ struct Arguments {
   uint32_t tiles;  // that the scheduler numbers
   int pack;        // query heads of one key head whose rows share a tile
   int q_bytes;     // that TMA brings for a tile of queries
+  // A row's largest weight so far is 2^−slack, and a tile moves the row's reference where one of its weights reaches 2:
+  // 1 + slack bits more. Of each weight in such a tile the bits `kept` are.
+  float slack;
+  uint32_t kept;
   Score score;
 };
 
@@ -107,9 +132,17 @@ struct RingPlace {
       phase ^= 1;
     }
   }
+};
 
-  // With one or two slots: 0 and 1 in turn.
-  __device__ __forceinline__ int parity() const { return slots == 1 ? phase : slot; }
+// The number of a job, modulo 4: its place among the last jobs, and that of its queries.
+template <int buffers>
+struct JobNumber {
+  int number = 0;
+
+  __device__ __forceinline__ void advance() { number = (number + 1) & 3; }
+  __device__ __forceinline__ int before() const { return (number + 3) & 3; }
+  __device__ __forceinline__ int slot() const { return buffers == 1 ? 0 : number & 1; }
+  __device__ __forceinline__ uint32_t phase() const { return buffers == 1 ? number & 1 : number >> 1; }
 };
 
 // A tile of queries: row r is query first + r / pack of head `work.head` · pack + r % pack.
@@ -151,7 +184,7 @@ __device__ __forceinline__ uint32_t next_tile(Arguments<Score> const& a, uint32_
 template <class Config>
 __device__ __forceinline__ void produce(Arguments<typename Config::Score> const& a, SharedMemory<Config>& shared) {
   RingPlace<Config::slots> place;
-  RingPlace<Config::q_buffers> q_place;
+  JobNumber<Config::q_buffers> current;
   auto const load = [&](CUtensorMap const& map, int row, int head, int sequence) {
     shared.empty[place.slot].wait(place.phase ^ 1);
     Barrier& full = shared.full[place.slot];
@@ -164,7 +197,8 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
     }
     place.advance();
   };
-  // Values come a tile later than their keys: the last ones of a job, where pipelined, after the next job's first keys.
+  // Values come a tile later than their keys: the last ones of a job, where pipelined, after the next job's first keys,
+  // if it has any.
   shared.values.row = -1;
   auto const load_values = [&] {
     TilePlace const& values = shared.values;
@@ -172,23 +206,52 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
     load(a.v, values.row, values.head, values.sequence);
     shared.values.row = -1;
   };
-  auto const post = [&](Work const& work, int bytes) {
-    shared.q_empty[q_place.slot].wait(q_place.phase ^ 1);
-    shared.work[q_place.parity()] = work;
+  auto const post = [&](Work const& work, bool once_more, int bytes) {
+    shared.q_empty[current.slot()].wait(current.phase() ^ 1);
+    shared.work[current.number] = {work, once_more};
+    shared.noted[current.number] = 0;
     asm volatile("" ::: "memory");
-    shared.q_full[q_place.slot].arrive_and_expect_tx(bytes);
+    shared.q_full[current.slot()].arrive_and_expect_tx(bytes);
   };
+  auto const post_sign = [&](int sign) {
+    load_values();
+    Work work{};
+    work.tile = sign;
+    post(work, false, 0);
+  };
+  int left = 0;  // jobs to be done once more, of those that are known
+  auto const collect = [&] {
+    post_sign(Posted::notes);
+    shared.q_empty[current.slot()].wait(current.phase());
+    asm volatile("" ::: "memory");
+    current.advance();
+    left = shared.again_count;
+    shared.again_count = 0;
+  };
+  // Consumers may be as many jobs behind as there are places for queries, and one.
+  constexpr int many = sizeof(shared.again) / sizeof(Work) - 4;
 #pragma unroll 1
-  for (shared.tile = blockIdx.x; shared.tile / gridDim.x * gridDim.x < a.tiles;
-       shared.tile = next_tile(a, shared.tile)) {
+  for (shared.tile = blockIdx.x;;) {
+    bool const more = shared.tile / gridDim.x * gridDim.x < a.tiles, once_more = left > 0;
     Work work;
-    if (shared.tile >= a.tiles || !a.scheduler.work(a.p, shared.tile, work)) continue;
+    if (once_more) {
+      work = shared.again[--left];
+    } else if (!more || *const_cast<int volatile*>(&shared.again_count) >= many) {
+      collect();
+      if (left == 0 && !more) break;
+      continue;
+    } else {
+      uint32_t const tile = shared.tile;
+      shared.tile = next_tile(a, tile);
+      if (tile >= a.tiles || !a.scheduler.work(a.p, tile, work)) continue;
+    }
     Job const job = job_of<Config>(a, work);
     KeyRange const& range = job.range;
     int const count = range.count();
-    post(work, count == 0 ? 0 : a.q_bytes);
+    post(work, once_more, count == 0 ? 0 : a.q_bytes);
     if (count == 0) {
-      q_place.advance();
+      load_values();
+      current.advance();
       continue;
     }
     int const sequence = a.p.cu_seqlens_q ? 0 : work.sequence;
@@ -197,11 +260,11 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
 
 #pragma unroll
     for (int panel = 0; panel < Config::panels; ++panel) {
-      cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&shared.q_full[q_place.slot]), drop_from_l2,
-                                   shared.q[q_place.slot] + panel * Config::q_panel, panel * panel_columns, 0,
+      cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&shared.q_full[current.slot()]), drop_from_l2,
+                                   shared.q[current.slot()] + panel * Config::q_panel, panel * panel_columns, 0,
                                    work.q_begin + job.first, work.head, sequence);
     }
-    q_place.advance();
+    current.advance();
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       load(a.k, row(i), head_k, sequence);
@@ -210,10 +273,7 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
     }
     if (!Config::pipelined) load_values();
   }
-  if (Config::pipelined) load_values();
-  Work end;
-  end.tile = -1;
-  post(end, 0);
+  post_sign(Posted::end);
 }
 
 // --- the consumers ---------------------------------------------------------------------------------------------------
@@ -267,8 +327,12 @@ template <int n>
 __device__ __forceinline__ void hide(float (&s)[n], Visible const& keys) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    int const column = i / 4 * 8 + i % 2, half = i / 2 % 2;
-    if (column < keys.first[half] || column >= keys.end[half]) s[i] = minus_infinity();
+    if (i / 4 * 8 + i % 2 >= keys.end[i / 2 % 2]) s[i] = minus_infinity();
+  }
+  if (keys.first[0] <= 0 && keys.first[1] <= 0) return;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (i / 4 * 8 + i % 2 < keys.first[i / 2 % 2]) s[i] = minus_infinity();
   }
 }
 
@@ -302,6 +366,28 @@ __device__ __forceinline__ void raise_maxima(float (&s)[n], SoftmaxRow (&state)[
   }
 }
 
+// Turns scores into weights 2^(factor · s − offset), of which the bits `kept` are, and gives their sums. Four sums of a
+// row, or the additions would wait for each other.
+template <class Config, int n>
+__device__ __forceinline__ void steady_exponentials(float (&s)[n], float (&sums)[2], float const (&offset)[2],
+                                                    float factor, uint32_t kept) {
+  constexpr int chains = n > 64 ? 2 : 4;
+  float added[2][chains] = {};
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    int const half = i / 2 % 2;
+    s[i] = exp2_of(fmaf(s[i], factor, -offset[half]));
+    if constexpr (Config::adds_sums) {
+      if constexpr (Config::cuts) s[i] = __uint_as_float(__float_as_uint(s[i]) & kept);
+      added[half][i / 4 % chains] += s[i];
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    sums[half] = (added[half][0] + added[half][1]) + (added[half][2] + added[half][3]);
+  }
+}
+
 // Turns scores into weights 2^(factor · s − offset) and adds them to the rows' sums.
 template <class Config, int n>
 __device__ __forceinline__ void exponentials(float (&s)[n], SoftmaxRow (&state)[2], float const (&offset)[2],
@@ -332,12 +418,10 @@ __device__ __forceinline__ void clear_rows(char* values, int rows) {
 // Where a job's rows go: head (or group of packed heads) and sequence, the first row in the array of queries.
 struct JobPlace {
   int sequence, head, first, queries;
-  int tail;  // rows of the tile of values that waits; fewer than tile_k where the others have to be cleared
 };
 
-template <class Config>
 __device__ __forceinline__ JobPlace place_of(Job const& job) {
-  return {job.work.sequence, job.work.head, job.work.q_begin + job.first, job.queries, Config::tile_k};
+  return {job.work.sequence, job.work.head, job.work.q_begin + job.first, job.queries};
 }
 
 // One of a job's rows in the output.
@@ -416,11 +500,48 @@ __device__ __forceinline__ void store(Arguments<typename Config::Score> const& a
     OutputRow<Config> const row(a, job, lane.row + half * 8);
     if constexpr (Config::adds_sums) {
       row_state.sum = quad_sum(row_state.sum);
-      if (row.lse != nullptr && threadIdx.x % 4 == 0 && row.present) *row.lse = row_state.lse(a.score.factor);
+      if (row.lse != nullptr && threadIdx.x % 4 == 0 && row.present)
+        *row.lse = row_state.lse(a.score.factor) + a.slack * ln_2;
     }
     if constexpr (Config::sums_by_product) row_state.sum = o[Config::head_dim / 2 + 2 * half];
     write_row<Config>(row, half, a.p.head_dim, o, row_state.inverse_sum());
   }
+}
+
+// For the tile whose weights `s` include one of 2 or more: moves the references of the rows that have one to their
+// largest weight. What a row gets depends on that row alone. `o` and the sums so far, and `added`, this tile's sums,
+// are put right. False where a weight of a row that the job has is near infinity: its score has risen by more than 66,
+// in the natural exponent, over all of the tiles before, and what can be known of the others is lost.
+template <class Config, int n, int columns>
+__device__ __forceinline__ bool move_references(Arguments<typename Config::Score> const& a, Work const& work, Lane lane,
+                                                float (&s)[n], float (&o)[columns], SoftmaxRow (&state)[2],
+                                                float (&added)[2], float (&offset)[2]) {
+  constexpr float near_infinity = 7.9e28f;  // 2^96: what moves a reference to 2^−slack stays a normal number
+  bool good = true;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top = 0.0f;
+#pragma unroll
+    for (int j = 0; j < n / 4; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
+    top = quad_max(top);
+    if (top >= near_infinity && (lane.row + 8 * half) / a.pack < job_of<Config>(a, work).queries) good = false;
+    float const by = top >= 2.0f ? log2_of(top) + a.slack : 0.0f;  // how far the reference moves, in bits
+    float const ratio = exp2_of(-by);
+#pragma unroll
+    for (int j = 0; j < n / 4; ++j) {
+      s[4 * j + 2 * half] *= ratio;
+      s[4 * j + 2 * half + 1] *= ratio;
+    }
+    added[half] *= ratio;
+    state[half].sum *= ratio;
+    offset[half] += by;
+#pragma unroll
+    for (int j = 0; j < columns / 4; ++j) {
+      o[4 * j + 2 * half] *= ratio;
+      o[4 * j + 2 * half + 1] *= ratio;
+    }
+  }
+  return __all_sync(0xffffffffu, good);
 }
 
 template <class Config>
@@ -436,29 +557,37 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   uint32_t const shared_q = cute::cast_smem_ptr_to_uint(shared.q) + warpgroup * 64 * row_bytes;
   uint32_t const shared_kv = cute::cast_smem_ptr_to_uint(shared.kv);
   RingPlace<Config::slots> place;
-  RingPlace<Config::q_buffers> q_place;
+  JobNumber<Config::q_buffers> current;
 
   float o[columns / 2], s[tile_k / 2];
   uint32_t weights[tile_k / 4];
+  uint32_t q[Config::queries_in_registers ? head_dim / 4 : 1];
 
   // S = Q Kᵀ with the keys in `slot`; O += P V with the values in `slot`. Asynchronous.
   auto const issue_scores = [&](int slot) {
     uint64_t const keys = operand(shared_kv + slot * Config::kv_bytes, 0);
-    uint64_t const queries = operand(shared_q + q_place.slot * Config::q_bytes, 0);
+    uint64_t const queries = operand(shared_q + current.slot() * Config::q_bytes, 0);
     hold(s);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int d = 0; d < head_dim / 16; ++d) {
       uint64_t const k = keys + (d / 4 * Config::kv_panel + d % 4 * 32) / 16;
-      multiply_keys<Element, tile_k>(s, queries + (d / 4 * Config::q_panel + d % 4 * 32) / 16, k, d > 0);
+      if constexpr (Config::queries_in_registers) {
+        multiply_keys<Element, tile_k>(s, q + 4 * d, k, d > 0);
+      } else {
+        multiply_keys<Element, tile_k>(s, queries + (d / 4 * Config::q_panel + d % 4 * 32) / 16, k, d > 0);
+      }
     }
     cute::warpgroup_commit_batch();
   };
-  auto const issue_output = [&](int slot) {
+  auto const values_at = [&](int slot) {
     uint32_t const panel_stride = Config::sums_by_product
                                       ? cute::cast_smem_ptr_to_uint(shared.ones) - shared_kv - slot * Config::kv_bytes
                                       : Config::kv_panel;
-    uint64_t const values = operand(shared_kv + slot * Config::kv_bytes, panel_stride);
+    return operand(shared_kv + slot * Config::kv_bytes, panel_stride);
+  };
+  auto const issue_output = [&](int slot) {
+    uint64_t const values = values_at(slot);
     hold(o);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -473,7 +602,23 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   // The queries' place and the job beside it, which all lanes have read.
   auto const release_job = [&] {
     __syncwarp();
-    release(shared.q_empty[q_place.slot]);
+    if (leads) shared.q_empty[current.slot()].arrive();
+  };
+
+  // At a job's beginning. Later the queries' place is another job's.
+  auto const read_queries = [&] {
+    if constexpr (Config::queries_in_registers) {
+      int const thread = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + thread % 16;
+#pragma unroll
+      for (int d = 0; d < head_dim / 16; ++d) {
+        read_operand(q + 4 * d, shared_q + current.slot() * Config::q_bytes + d / 4 * Config::q_panel, row,
+                     d % 4 * 2 + thread / 16);
+      }
+      release_job();
+    }
+  };
+  auto const release_queries = [&] {
+    if constexpr (!Config::queries_in_registers) release_job();
   };
 
   // Whose turn it is to issue products: a named barrier for each warpgroup, which the one before it opens.
@@ -492,39 +637,107 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     clear_rows<Config>(shared.kv[values.slot], rows);
   };
 
+  // Puts the largest weight at 2^−slack.
+  auto const lower = [&](float (&offset)[2]) {
+    if constexpr (Config::steady) {
+      offset[0] += a.slack;
+      offset[1] += a.slack;
+    }
+  };
+
   SoftmaxRow state[2];
-  bool pending = false;  // a job whose last tile of weights waits for its product with the values
-  JobPlace waiting;
+  bool pending = false;  // the job before, whose last tile of weights waits for its product with the values
+  // Read anew where it is needed: it does not stay in registers during the loop.
+  auto const job_at = [&](int place) { return job_of<Config>(a, shared.work[place]); };
+  auto const job_before = [&] { return job_at(current.before()); };
+  // Rows of a job's first tile of values; fewer than tile_k where the others, which are another sequence's or none's,
+  // have to be cleared: only where sequences vary in length.
+  auto const rows_of_values = [&](Job const& job) {
+    return a.p.cu_seqlens_k != nullptr ? min_of(tile_k, job.work.seqlen_k - job.range.tile(0) * tile_k) : tile_k;
+  };
+  auto const clear_values_that_wait = [&](RingPlace<Config::slots> const& values) {
+    if (a.p.cu_seqlens_k == nullptr) return;
+    Job const job = job_before();
+    if (job.range.count() == 1 && rows_of_values(job) < tile_k) clear_tail(values, rows_of_values(job));
+  };
+
+  // The output of the job that waits.
+  auto const finish = [&] {
+    if (!Config::pipelined || !pending) return;
+    clear_values_that_wait(place);
+    shared.full[place.slot].wait(place.phase);
+    issue_output(place.slot);
+    cute::warpgroup_wait<0>();
+    hold(o);
+    release(shared.empty[place.slot]);
+    place.advance();
+    store<Config>(a, place_of(job_before()), lane, o, state);
+    pending = false;
+  };
+  // Gives a tile back that this warpgroup has no use for: not before it has come, or the slot's turns would be counted
+  // wrong.
+  auto const drop = [&] {
+    shared.full[place.slot].wait(place.phase);
+    release(shared.empty[place.slot]);
+    place.advance();
+  };
 
 #pragma unroll 1
   while (true) {
-    shared.q_full[q_place.slot].wait(q_place.phase);
+    shared.q_full[current.slot()].wait(current.phase());
     asm volatile("" ::: "memory");  // CUTLASS's wait does not tell the compiler that memory may have changed
-    Work const work = shared.work[q_place.parity()];
-    if (work.tile < 0) break;
+    Posted const work = shared.work[current.number];
     Job const job = job_of<Config>(a, work);
-    int const count = job.range.count(), masked = job.range.masked();
+    int const count = work.tile < 0 ? 0 : job.range.count();
     if (count == 0) {
-      store_nothing<Config>(a, place_of<Config>(job), lane);
-      release_job();
-      q_place.advance();
+      if (work.tile == Posted::notes) release_job();
+      finish();
+      if (work.tile == Posted::end) break;
+      if (work.tile >= 0) {
+        store_nothing<Config>(a, place_of(job), lane);
+        release_job();
+      }
+      current.advance();
       continue;
     }
-    // Rows behind the sequence's end are in the tile only where another sequence, or none, follows in the same array.
-    int const tail =
-        a.p.cu_seqlens_k != nullptr ? min_of(tile_k, job.work.seqlen_k - job.range.tile(0) * tile_k) : tile_k;
+    read_queries();
+    int const tail = rows_of_values(job);
     float ratio[2], offset[2];
+    int masked = job.range.masked(), first_of_warpgroup = job.first;
+    // Tiles at the end that no row of this warpgroup sees, while others do.
+    int skipped = 0;
+    if (Config::skips && job.range.begin == job.range.full_begin && tail == tile_k) {
+      int const rows = a.pack == 1 ? warpgroup * 64 : warpgroup * 64 / a.pack;
+      int const end = a.pack == 1 ? rows + 64 : (warpgroup * 64 + 63) / a.pack + 1;
+      if (rows < job.queries) {
+        first_of_warpgroup += rows;
+        KeyRange const own = job.mask.key_range(first_of_warpgroup, job.first + min_of(end, job.queries), tile_k);
+        if (own.count() > 0) {
+          skipped = min_of(job.range.end - own.end, Config::most_skipped);
+          masked = job.range.end - own.full_end;
+        }
+      }
+    }
+    if (Config::skips && skipped > 0) {
+      // Next in the ring are K0, the values that wait, K1 V0 K2 V1 ...
+      drop();
+      finish();
+      for (int j = 1; j < skipped; ++j) {
+        drop();
+        drop();
+      }
+    }
 
     // The first tile's scores, with the last output of the job before where one is left.
     auto const first_step = [&](auto with_output) {
       constexpr bool finishes = decltype(with_output)::value;
       SoftmaxRow fresh[2];
-      Visible const seen = visible<Config>(a, job, lane, 0);
+      Visible const seen = visible<Config>(a, job, lane, skipped);
       int const keys = place.slot;
-      if (finishes && waiting.tail < tile_k) {
+      if constexpr (finishes) {
         RingPlace<Config::slots> ragged = place;
         ragged.advance();
-        clear_tail(ragged, waiting.tail);
+        clear_values_that_wait(ragged);
       }
       take_turn();
       shared.full[keys].wait(place.phase);
@@ -537,19 +750,21 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
         place.advance();
       }
       pass_turn();
+      if (Config::skips && skipped > 0) drop();
       cute::warpgroup_wait<finishes ? 1 : 0>();
       hold(s);
       release(shared.empty[keys]);
-      if (count == 1) release_job();
+      if (skipped == count - 1) release_queries();
       transform(s, a.score);
-      if (masked > 0) hide(s, seen);
+      if (masked > skipped) hide(s, seen);
       raise_maxima(s, fresh, ratio, offset, a.score);
+      lower(offset);
       exponentials<Config>(s, fresh, offset, a.score.factor);
       if constexpr (finishes) {
         cute::warpgroup_wait<0>();
         hold(o);
         release(shared.empty[values]);
-        store<Config>(a, waiting, lane, o, state);
+        store<Config>(a, place_of(job_before()), lane, o, state);
       }
 #pragma unroll
       for (int i = 0; i < columns / 2; ++i) o[i] = 0.0f;
@@ -574,7 +789,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     auto const step = [&](int i, auto mask) {
       constexpr bool masks = decltype(mask)::value;
       Visible seen;
-      if constexpr (masks) seen = visible<Config>(a, job_of<Config>(a, shared.work[q_place.parity()]), lane, i);
+      if constexpr (masks) seen = visible<Config>(a, job_at(current.number), lane, i);
       int const keys = place.slot;
       take_turn();
       shared.full[keys].wait(place.phase);
@@ -588,10 +803,11 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       cute::warpgroup_wait<1>();
       hold(s);
       release(shared.empty[keys]);
-      if (i == count - 1) release_job();
+      if (i == count - 1) release_queries();
       transform(s, a.score);
       if constexpr (masks) hide(s, seen);
       raise_maxima(s, state, ratio, offset, a.score);
+      lower(offset);
       exponentials<Config>(s, state, offset, a.score.factor);
       cute::warpgroup_wait<0>();
       hold(o);
@@ -601,16 +817,79 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
 #pragma unroll
       for (int j = 0; j < tile_k / 4; ++j) weights[j] = Precision<Element>::pack(s[2 * j], s[2 * j + 1]);
     };
-    int i = 1;
+    // Packs a tile's weights, moves the references where one is 2 or more, and adds up the sums.
+    auto const settle = [&](float (&added)[2]) {
+      auto const pack = [&] {
+#pragma unroll
+        for (int j = 0; j < tile_k / 4; ++j) weights[j] = Precision<Element>::pack(s[2 * j], s[2 * j + 1]);
+      };
+      pack();
+      uint32_t any[4] = {};
+#pragma unroll
+      for (int j = 0; j < tile_k / 4; ++j) any[j % 4] |= weights[j];
+      uint32_t const all = any[0] | any[1] | any[2] | any[3];
+      constexpr uint32_t two_or_more = 0x40004000;  // of each of a pair: the highest bit of either type's exponent
+      if (__any_sync(0xffffffffu, (all & two_or_more) != 0)) {
+        Posted const& work = shared.work[current.number];
+        if (!move_references<Config>(a, work, lane, s, o, state, added, offset) && leads &&
+            atomicExch(&shared.noted[current.number], 1) == 0) {
+          shared.again[atomicAdd(&shared.again_count, 1)] = work;
+        }
+        pack();
+      }
+      if constexpr (Config::adds_sums) {
+        state[0].sum += added[0];
+        state[1].sum += added[1];
+      }
+    };
+    // The same for a tile that all rows see whole, and of which all have seen keys: the weights are relative to the
+    // reference that the rows have, so that no maximum has to be known before the first exponential, and neither the
+    // output nor the sums are multiplied by anything. Floating point does not mind by what common factor weights are
+    // too large or too small, until one reaches 2: then the references move.
+    auto const steady_step = [&](int i) {
+      int const keys = place.slot;
+      take_turn();
+      shared.full[keys].wait(place.phase);
+      place.advance();
+      int const values = place.slot;
+      issue_scores(keys);
+      shared.full[values].wait(place.phase);
+      issue_output(values);
+      pass_turn();
+      place.advance();
+      cute::warpgroup_wait<1>();
+      hold(s);
+      release(shared.empty[keys]);
+      if (i == count - 1) release_queries();
+      float added[2];
+      steady_exponentials<Config>(s, added, offset, a.score.factor, a.kept);
+      cute::warpgroup_wait<0>();
+      hold(o);
+      release(shared.empty[values]);
+      settle(added);
+    };
+    int i = skipped + 1;
+    if constexpr (Config::steady) {
+      // A row can have seen nothing of the masked tiles: one that ends where the tiles that all see do, or, where the
+      // masked tiles are behind a window's left end, any.
+      bool const blind = masked > 0 && (job.range.full_end == job.range.end ||
+                                        job.mask.end_key(first_of_warpgroup) <= (job.range.end - masked) * tile_k);
+      int const exact = work.once_more ? count : min_of(count, masked + blind);
 #pragma unroll 1
-    for (; i < masked; ++i) step(i, std::true_type{});
+      for (; i < exact; ++i) step(i, std::true_type{});
 #pragma unroll 1
-    for (; i < count; ++i) step(i, std::false_type{});
+      for (; i < count; ++i) steady_step(i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) state[half].max = (offset[half] - a.slack) / a.score.factor;
+    } else {
+#pragma unroll 1
+      for (; i < masked; ++i) step(i, std::true_type{});
+#pragma unroll 1
+      for (; i < count; ++i) step(i, std::false_type{});
+    }
 
     if constexpr (Config::pipelined) {
       pending = true;
-      waiting = place_of<Config>(job);
-      if (count == 1) waiting.tail = tail;
     } else {
       shared.full[place.slot].wait(place.phase);
       issue_output(place.slot);
@@ -618,19 +897,9 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       hold(o);
       release(shared.empty[place.slot]);
       place.advance();
-      // From shared memory again: these do not stay in registers during the loop.
-      store<Config>(a, place_of<Config>(job_of<Config>(a, shared.work[q_place.parity()])), lane, o, state);
+      store<Config>(a, place_of(job_at(current.number)), lane, o, state);
     }
-    q_place.advance();
-  }
-
-  if (Config::pipelined && pending) {
-    if (waiting.tail < tile_k) clear_tail(place, waiting.tail);
-    shared.full[place.slot].wait(place.phase);
-    issue_output(place.slot);
-    cute::warpgroup_wait<0>();
-    hold(o);
-    store<Config>(a, waiting, lane, o, state);
+    current.advance();
   }
 }
 
@@ -642,6 +911,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<SharedMemory<Config>*>(memory);
   if (threadIdx.x == 0) {
+    shared.again_count = 0;
     constexpr int consumer_warps = 4 * Config::warpgroups;
     for (int i = 0; i < Config::q_buffers; ++i) {
       shared.q_full[i].init(1);
@@ -698,6 +968,12 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
                        {0, rows.row_stride, rows.head_stride, rows.batch_stride},
                        {1, Config::tile_k}});
   };
+  // Where the sums are of the weights that the second product gets, the slack is as wide as the type allows: bfloat16
+  // has float32's exponents, float16's weights lose bits below 2^−14. Else it is narrow, since the largest weight of a
+  // peaked row is then rounded in one place and not in the other. The log-sum-exp needs sums that are not rounded.
+  bool const bfloat = dtype == bfloat16, exact_sums = Config::sums_by_product || (Config::cuts && p.lse == nullptr);
+  float const slack = !Config::steady ? 0.0f : !exact_sums ? 1.0f : bfloat ? 24.0f : 3.0f;
+  uint32_t const kept = Config::cuts && exact_sums ? 0xffff0000u : 0xffffffffu;
   Arguments<typename Config::Score> const arguments{
       tensor_map({p.q.data,
                   dtype,
@@ -713,6 +989,8 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
              : ceil_div(groups * p.batch, plan.heads_per_section) * static_cast<uint32_t>(plan.section_slots),
       plan.packed_heads,
       Config::panels * plan.packed_heads * queries * row_bytes,
+      slack,
+      kept,
       Config::Score::make(p.scale, p.softcap)};
   if constexpr (Config::sums_by_product) {
     if (p.lse != nullptr) return launch<WithLse<Config>>(arguments, plan.blocks, stream);

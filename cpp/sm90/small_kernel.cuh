@@ -126,7 +126,7 @@ __device__ __forceinline__ JobPlace this_job(SmallArguments<Score> const& a, int
   asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
   int const queries = a.scheduler.tile_q, first = (static_cast<int>(gridDim.y) - 1 - y) * queries;
   rank = x & (a.splits - 1);
-  return {z, x >> a.log_splits, first, min_of(queries, a.p.seqlen_q - first), SmallTile::chunk};
+  return {z, x >> a.log_splits, first, min_of(queries, a.p.seqlen_q - first)};
 }
 
 template <class Score>
@@ -467,6 +467,8 @@ void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
        static_cast<uint32_t>(plan.tiles),
        plan.packed_heads,
        Config::panels * plan.packed_heads * queries * row_bytes,
+       0.0f,
+       0,
        Config::Score::make(p.scale, p.softcap)},
       splits,
       std::countr_zero(static_cast<unsigned>(splits)),

@@ -78,6 +78,24 @@ __device__ __forceinline__ void multiply_keys(float (&s)[n / 2], uint64_t q, uin
   }(std::make_integer_sequence<int, n / 2>{});
 }
 
+// The same with queries from registers: those of 16 columns.
+template <class Element, int n>
+__device__ __forceinline__ void multiply_keys(float (&s)[n / 2], uint32_t const* q, uint64_t k, bool add) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    wgmma::Registers<Element, n, wgmma::Major::K>::fma(q[0], q[1], q[2], q[3], k, s[i]...,
+                                                       add ? wgmma::ScaleOut::One : wgmma::ScaleOut::Zero);
+  }(std::make_integer_sequence<int, n / 2>{});
+}
+
+// Reads a warp's 16 rows × 16 columns of a panel at `panel` as such an operand: this lane brings the address of row
+// `row`, 16-byte chunk `chunk` (before the swizzle), which are (lane % 16, lane / 16) past the first ones.
+__device__ __forceinline__ void read_operand(uint32_t* x, uint32_t panel, int row, int chunk) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(panel + row * row_bytes + (chunk ^ row % 8) * 16)
+               : "memory");
+}
+
 // accumulators += 64 rows of 16 weights × 16 values of n columns.
 template <class Element, int n>
 __device__ __forceinline__ void multiply_values(float (&o)[n / 2], uint32_t const* weights, uint64_t v) {
