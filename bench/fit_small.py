@@ -4,8 +4,8 @@ cpp/sm90/small_choice.inc anew.
 
     python bench/fit_small.py > bench/results/small_choice.txt
 
-For every head dimension, number of keys and number of tiles of 64 rows: every tile and split of the small kernel, and
-the large kernel, each in a graph as bench/compare.py times it, in turn, full and causal. The smallest product of the
+For every head dimension, number of keys and number of tiles of 64 rows: every form of the small kernel, and the large
+kernel, each in a graph as bench/compare.py times it, in turn, full and causal. The smallest product of the
 two times wins. Needs a GPU of compute capability 9.0. Exit status: 0, or 2 on bad usage.
 """
 
@@ -26,7 +26,9 @@ import flashcore
 
 VARIABLE = "FLASHCORE_SM90_KERNEL"
 LARGE = "large"
-FORMS = (LARGE, *(f"small:{rows}:{splits}" for rows in (64, 128) for splits in (1, 2, 4, 8)))
+# Rows of a tile, warpgroups of a block and blocks of a cluster that divide its keys: what small_tiles.inc has.
+SMALL = ("64:1:1", "64:2:1", "128:1:1", "64:2:2", "64:2:4", "64:1:8")
+FORMS = (LARGE, *(f"small:{form}" for form in SMALL))
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,15 @@ def heads_for(tiles: int, keys: int) -> int:
 
 
 def runs(point: Point, form: str) -> bool:
-    """Whether plan() takes the form for the problem: a small one that does not fit becomes the large one, and head
-    dimensions above 64 have tiles of 64 rows alone."""
+    """Whether plan() takes the form for the problem: where it does not fit, or has no instance, it takes another."""
     os.environ[VARIABLE] = form
     shape = (1, point.keys, point.heads, point.head_dim)
     plan = flashcore.plan(shape, shape, shape, dtype="bfloat16", device="cuda")
     if form == LARGE:
         return plan.kernel == "sm90_forward"
-    _, rows, splits = form.split(":")
-    return plan.kernel == "sm90_small" and (plan.tile_q, plan.splits) == (int(rows), int(splits))
+    rows, groups, cluster = map(int, form.split(":")[1:])
+    got = plan.tile_q, plan.threads, plan.splits
+    return plan.kernel == "sm90_small" and got == (rows, 2 * rows * groups, groups * cluster)
 
 
 def measure(point: Point, options: argparse.Namespace) -> dict[str, float]:
@@ -94,9 +96,8 @@ def rows_of(head_dim: int, keys: int, best: list[tuple[int, str]]) -> list[str]:
         if form == LARGE:
             break
         if form != other:
-            _, tile_q, splits = form.split(":")
             limit = round(math.sqrt(tiles * following))
-            rows.append(f"FLASHCORE_SM90_SMALL_CHOICE({head_dim}, {keys}, {limit}, {tile_q}, {splits})")
+            rows.append(f"FLASHCORE_SM90_SMALL_CHOICE({head_dim}, {keys}, {limit}, {', '.join(form.split(':')[1:])})")
     return rows
 
 
@@ -104,7 +105,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--keys", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--tiles", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048])
+    parser.add_argument(
+        "--tiles", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048]
+    )
     parser.add_argument("--rotate", type=float, default=0.25, help="GiB of arrays that the calls walk through")
     parser.add_argument("--milliseconds", type=float, default=4.0, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)

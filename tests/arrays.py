@@ -190,6 +190,17 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if torch and torch.cuda.is_available() else ["cpu"]
 
 
+# The forms of sm90's kernel for small problems: rows of a tile, and warpgroups of a block and blocks of a cluster that
+# divide its keys. Head dimensions above 64 and general scores have some of them, and get the first that holds the keys
+# for the others.
+SMALL_FORMS = ((64, 1, 1), (64, 2, 1), (128, 1, 1), (64, 2, 2), (64, 2, 4), (64, 1, 8))
+
+
+def small_form(form: tuple[int, int, int]) -> str:
+    """The value of FLASHCORE_SM90_KERNEL that forces it."""
+    return "small:" + ":".join(map(str, form))
+
+
 def backends(device: str) -> tuple[str, ...]:
     """The machines that the device has: the one that plan() chooses by itself first, then what may be forced."""
     if device == "cpu":

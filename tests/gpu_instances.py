@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
-from arrays import backends, on, torch
+from arrays import SMALL_FORMS, backends, on, small_form, torch
 from kvcache import make as make_decoding
 from reference import PLAIN, Options, assert_attention
 from test_varlen import check, make
@@ -93,18 +93,19 @@ SMALL = ((2, 150, 300, 6, 2), (1, 5, 300, 8, 2))
 
 
 def small(seed: int = 0) -> set[str]:
-    """sm90's kernel for small problems: every tile, with every number of splits."""
+    """sm90's kernel for small problems in every form (rows of a tile, key groups, blocks of a cluster)."""
     ran = set()
     for dtype in DTYPES:
         for head_dim in (40, 64, 128):
-            for tile_q, splits in ((rows, splits) for rows in (64, 128) for splits in (1, 2, 4, 8)):
-                os.environ["FLASHCORE_SM90_KERNEL"] = f"small:{tile_q}:{splits}"
+            for form in SMALL_FORMS:
+                os.environ["FLASHCORE_SM90_KERNEL"] = small_form(form)
                 for shape in SMALL:
                     seed += 3
                     for options in (MASKS[0], MASKS[1 + seed % 3]):
                         plan = plan_of(shape, head_dim, dtype, "sm90", options)
-                        assert plan.kernel == "sm90_small" and plan.splits == splits, plan
-                        name = f"{kernel(plan, dtype)} plain {options == PLAIN} splits {splits}"
+                        assert plan.kernel == "sm90_small", plan
+                        name = f"{kernel(plan, dtype)} threads {plan.threads}"
+                        name += f" plain {options == PLAIN} splits {plan.splits}"
                         ran.add(name)
                         tensors = cpu.qkv(*shape, head_dim, dtype, seed, 2.0)
                         out, lse = on_gpu(

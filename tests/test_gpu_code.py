@@ -4,14 +4,13 @@ and the PTX that newer GPUs compile. Each in a process of its own, since device 
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from arrays import backends
+from arrays import SMALL_FORMS, backends
 
 import flashcore
 
@@ -43,12 +42,15 @@ def test_every_instance_of_this_gpu(device):
             if backend == "sm80":  # one slice of rows, and two where the kernel has them
                 tiles = {(d, rows) for d in (64, 96, 128, 192, 256) for rows in ((16, 32) if d <= 128 else (16,))}
                 assert all(f"sm80_decode {dtype} head_dim {d} tile {rows} x 64" in ran for d, rows in tiles)
-            if backend == "sm90":  # the small kernel's tiles, each with every number of splits
-                tiles = ((64, 64, True), (64, 128, True), (64, 64, False), (128, 64, True), (128, 64, False))
-                for (head_dim, rows, plain), splits in itertools.product(tiles, (1, 2, 4, 8)):
-                    start = f"sm90_small {dtype} head_dim {head_dim} tile {rows} x "
-                    end = f" plain {plain} splits {splits}"
-                    assert any(line.startswith(start) and line.endswith(end) for line in ran)
+            if backend == "sm90":  # the small kernel's tiles: head dimension, rows, threads, splits
+                plain = [(64, rows, 2 * rows * groups, groups * blocks) for rows, groups, blocks in SMALL_FORMS]
+                plain += [(128, 64, 128, 1), (128, 64, 256, 4), (128, 64, 256, 8)]
+                general = [(d, 64, threads, splits) for d in (64, 128) for threads, splits in ((128, 1), (256, 8))]
+                for tiles, kind in ((plain, True), (general, False)):
+                    for head_dim, rows, threads, splits in tiles:
+                        start = f"sm90_small {dtype} head_dim {head_dim} tile {rows} x "
+                        end = f" threads {threads} plain {kind} splits {splits}"
+                        assert any(line.startswith(start) and line.endswith(end) for line in ran)
             if backend == "sm90":  # packed heads, and each of head dimension 64's tiles
                 assert all(any(dtype in line and f"packed {n}" in line for line in ran) for n in (3, 4))
                 assert {192, 128} <= {

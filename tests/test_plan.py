@@ -7,7 +7,7 @@ import itertools
 import re
 
 import pytest
-from arrays import backends
+from arrays import SMALL_FORMS, backends, small_form
 
 import flashcore
 
@@ -54,7 +54,8 @@ def check_grid(p, name, batch, seqlen_q, heads_q):
     if p.kernel == "sm90_forward":
         assert min(p.tiles, UNITS[name]) <= p.blocks <= min(p.tiles, 4 * UNITS[name])
     else:
-        assert p.blocks == p.tiles * p.splits
+        groups = p.threads // (2 * p.tile_q) if p.kernel == "sm90_small" else 1  # that divide a block's keys
+        assert p.blocks == p.tiles * p.splits // groups
 
 
 @pytest.fixture
@@ -318,17 +319,26 @@ def small_plan(batch, seqlen_q, heads, head_dim, seqlen_k=None, heads_k=None, na
     return shape_plan(name, (batch, seqlen_q, heads, head_dim), key, **options)
 
 
+def small_form_of(p):
+    """Rows of a tile, warpgroups and blocks that divide its keys."""
+    groups = p.threads // (2 * p.tile_q)
+    return p.tile_q, groups, p.splits // groups
+
+
 def check_small(p, batch, seqlen_q, heads, seqlen_k):
-    """A block for each tile and part; the parts hold all keys, each whole in a block's shared memory."""
+    """A warpgroup for each 64 rows and part of the keys; the parts hold all keys, each whole in a block's memory."""
     assert p.backend == "sm90" and p.kernel == "sm90_small" and p.workspace == 0
-    assert p.splits in (1, 2, 4, 8) and p.tile_q in (64, 128) and p.threads == 2 * p.tile_q
+    rows, groups, cluster = small_form_of(p)
+    assert small_form_of(p) in SMALL_FORMS and p.threads == 2 * rows * groups
     check_grid(p, "h100", batch, seqlen_q, heads)
-    assert p.tile_k % 64 == 0 and p.splits * p.tile_k >= seqlen_k > (p.tile_k - 64) * p.splits
-    received = (p.splits - 1) * (p.tile_q // p.splits) * (p.head_dim * 4 + 8)  # outputs, maxima and sums
-    arrays = (p.tile_q + 2 * p.tile_k) * p.head_dim * 2
-    assert arrays + received < p.shared_memory <= min(arrays + received + 1024, SHARED_MEMORY["h100"])
+    assert p.tile_k % (64 * groups) == 0 and cluster * p.tile_k >= seqlen_k
+    assert p.tile_k == 64 * groups or cluster * (p.tile_k - 128 * groups) < seqlen_k  # a chunk less would not do
+    # What is sent of 64 rows: maxima and sums, and half of the outputs to the other warpgroup, a share to a block.
+    sent = 64 * 8 * (groups - 1 + cluster - 1) + 64 * 4 * p.head_dim * (groups - 1 + (cluster - 1) / cluster) / groups
+    arrays = (rows + 2 * p.tile_k) * p.head_dim * 2 + rows // 64 * groups * sent
+    assert arrays + 4 * rows < p.shared_memory <= min(arrays + 4 * rows + 512, SHARED_MEMORY["h100"])
     assert "small problem" in p.reason and str(p.tiles) in p.reason
-    assert ("cluster" in p.reason) == (p.splits > 1)
+    assert ("divide the keys" in p.reason) == (p.splits > 1) and ("cluster" in p.reason) == (cluster > 1)
 
 
 @needs_sm90
@@ -343,7 +353,7 @@ def test_small_problems(device, head_dim):
         p = shape_plan("h200", shape, causal=causal, softcap=softcap, layout=layout)
         assert p.kernel == "sm90_small" and p.head_dim == (64 if head_dim <= 64 else 128)
     check_small(small_plan(8, 128, 8, head_dim), 8, 128, 8, 128)
-    assert small_plan(8, 128, 8, head_dim).splits == 1  # enough tiles
+    assert small_form_of(small_plan(8, 128, 8, head_dim))[2] == 1  # enough tiles
     assert small_plan(1, 64, 2, head_dim, 1024).splits == 8  # two tiles, many keys
 
 
@@ -389,13 +399,13 @@ def test_forced_sm90_kernel(device, monkeypatch):
     assert small_plan(1, 512, 8, 64) == free[0] and "forced" in small_plan(1, 512, 8, 64).reason
     assert small_plan(64, 512, 32, 128).kernel == "sm90_small"
     assert small_plan(8, 4096, 32, 128).kernel == "sm90_forward"  # the keys do not fit
-    for tile_q, splits in itertools.product((64, 128), (1, 2, 4, 8)):
-        monkeypatch.setenv("FLASHCORE_SM90_KERNEL", f"small:{tile_q}:{splits}")
+    for form in SMALL_FORMS:
+        monkeypatch.setenv("FLASHCORE_SM90_KERNEL", small_form(form))
         p = small_plan(2, 300, 8, 64, 500)
-        assert (p.kernel, p.tile_q, p.splits) == ("sm90_small", tile_q, splits)
+        assert p.kernel == "sm90_small" and small_form_of(p) == form
         assert small_plan(2, 300, 8, 128, 300).tile_q == 64  # the only one
         assert small_plan(1, 512, 8, 64, batch_invariant=True).kernel == "sm90_forward"
-    for wrong in ("medium", "small:", "small:64", "small:96:2", "small:64:3", "small:64:2:1", "small:64:16"):
+    for wrong in ("medium", "small:", "small:64", "small:64:2", "small:96:2:1", "small:64:3:1", "small:64:2:2:1"):
         monkeypatch.setenv("FLASHCORE_SM90_KERNEL", wrong)
         with pytest.raises(ValueError, match=f"FLASHCORE_SM90_KERNEL.*{wrong}"):
             small_plan(1, 512, 8, 64)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hopper kernel for small problems, forced with every tile and split: held to the numeric standard; and what is its
-own: parts without keys, the merge over a cluster's blocks, launches that begin before the kernel before has ended."""
+"""The Hopper kernel for small problems, forced in every form: held to the numeric standard; and what is its own: parts
+without keys, the merge over warpgroups and blocks, launches that begin before the kernel before has ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import itertools
 import math
 
 import pytest
-from arrays import Arrays, backends, devices, on, place, torch
+from arrays import SMALL_FORMS as FORMS
+from arrays import Arrays, backends, devices, on, place, small_form, torch
 from reference import PLAIN, Options, assert_attention
 
 import flashcore
@@ -18,9 +19,7 @@ pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capab
 
 DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (8, 32, 40, 64, 72, 96, 128)
-SPLITS = (1, 2, 4, 8)
-FORMS = tuple(itertools.product((64, 128), SPLITS))  # rows of a tile, splits
-# Around the edges of chunks of 64 keys, of tiles of 64 and 128 rows, and of the parts of a cluster.
+# Around the edges of chunks of 64 and 128 keys, of tiles of 64 and 128 rows, and of the parts of a tile's keys.
 LENGTHS = (1, 2, 7, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 256, 257, 320, 321, 383, 449, 511, 512, 513, 600)
 MASKS = (
     Options(),
@@ -41,29 +40,31 @@ def arrays() -> Arrays:
 
 @pytest.fixture
 def force(monkeypatch):
-    """Forces the small kernel with so many rows and splits."""
+    """Forces the small kernel in a form."""
 
-    def set_form(tile_q: int, splits: int) -> None:
-        monkeypatch.setenv("FLASHCORE_SM90_KERNEL", f"small:{tile_q}:{splits}")
+    def set_form(form: tuple[int, int, int]) -> None:
+        monkeypatch.setenv("FLASHCORE_SM90_KERNEL", small_form(form))
 
     return set_form
 
 
-def holds(head_dim: int, seqlen_k: int, splits: int) -> bool:
-    """Whether a block's part of the keys fits: at most eight chunks of 64, at head dimensions above 64 at most five."""
-    chunks = -(-max(1, -(-seqlen_k // 64)) // splits)
-    return chunks <= (8 if head_dim <= 64 else 5)
+def holds(head_dim: int, seqlen_k: int, form: tuple[int, int, int]) -> bool:
+    """Whether the keys fit the shared memory: always up to 600, but for a single warpgroup and large heads."""
+    return seqlen_k <= (600 if head_dim <= 64 or form != FORMS[0] else 384)
 
 
-def planned(query, key, value, splits: int, options=PLAIN):
+def planned(query, key, value, form, options=PLAIN):
+    """Also that it is the form, where that has an instance of the head dimension and kind of score."""
     plan = flashcore.plan(query, key, value, **options.keywords())
-    assert plan.kernel == "sm90_small" and plan.splits == splits, plan
+    assert plan.kernel == "sm90_small", plan
+    if plan.head_dim == 64 and not options.softcap and options.scale_for(64) > 0:
+        assert (plan.tile_q, plan.splits, plan.threads) == (form[0], form[1] * form[2], 2 * form[0] * form[1]), plan
     return plan
 
 
-def run(arrays, query, key, value, splits, options=PLAIN, what="") -> None:
+def run(arrays, query, key, value, form, options=PLAIN, what="") -> None:
     """Runs bshd arrays into poison between poison, with the log-sum-exp and without, and checks the results."""
-    planned(query, key, value, splits, options)
+    planned(query, key, value, form, options)
     target = place(arrays, query.shape, str(query.dtype).removeprefix("torch."), "contiguous")
     out, lse = flashcore.attention(query, key, value, out=target.view, return_lse=True, **options.keywords())
     alone = flashcore.attention(query, key, value, **options.keywords())
@@ -77,78 +78,77 @@ class TestResults:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     def test_masks(self, arrays, force, head_dim, dtype, form):
-        force(*form)
-        seqlen_k = 333 if holds(head_dim, 333, form[1]) else 300
+        force(form)
         for seed, options in enumerate(MASKS):
             spread = 2.0 / (abs(options.scale_for(head_dim)) * math.sqrt(head_dim))
-            tensors = arrays.qkv(2, 200, seqlen_k, 6, 2, head_dim, dtype, seed, spread)
-            run(arrays, *tensors, form[1], options, f"{form}")
+            tensors = arrays.qkv(2, 200, 333, 6, 2, head_dim, dtype, seed, spread)
+            run(arrays, *tensors, form, options, f"{form}")
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     @pytest.mark.parametrize("seqlen_k", LENGTHS)
     def test_lengths(self, arrays, force, seqlen_k, form):
-        force(*form)
+        force(form)
         for i, (seqlen_q, head_dim) in enumerate(itertools.product((1, 63, 65, 130, seqlen_k), (64, 128))):
-            if not holds(head_dim, seqlen_k, form[1]):
+            if not holds(head_dim, seqlen_k, form):
                 continue
             tensors = arrays.qkv(1, seqlen_q, seqlen_k, 4, 2, head_dim, DTYPES[i % 2], seqlen_k + i, 2.0)
             for options in (Options(), Options(causal=True)):
-                run(arrays, *tensors, form[1], options, f"{form} {seqlen_q} {seqlen_k}")
+                run(arrays, *tensors, form, options, f"{form} {seqlen_q} {seqlen_k}")
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     @pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 71])
     def test_groups(self, arrays, force, group, form):
         """Query heads that share a tile, rows left over, and groups that are larger than the tile."""
-        force(*form)
+        force(form)
         for seqlen_q, head_dim in itertools.product((1, 2, 17), (64, 128)):
             tensors = arrays.qkv(2, seqlen_q, 150, 2 * group, 2, head_dim, "float16", group, 2.0)
             for options in (Options(), Options(causal=True), Options(window=(40, 9))):
-                run(arrays, *tensors, form[1], options, f"{form} {group} {seqlen_q}")
+                run(arrays, *tensors, form, options, f"{form} {group} {seqlen_q}")
 
-    @pytest.mark.parametrize("splits", SPLITS)
+    @pytest.mark.parametrize("form", FORMS, ids=str)
     @pytest.mark.parametrize("score", [1.0, 4.0, 16.0])
-    def test_peaked_scores(self, arrays, force, score, splits):
+    def test_peaked_scores(self, arrays, force, score, form):
         """The parts' maxima differ by little and by much."""
-        for tile_q, head_dim in ((64, 64), (128, 64), (64, 128)):
-            force(tile_q, splits)
+        force(form)
+        for head_dim in (64, 128):
             for options in (Options(), Options(causal=True), Options(softcap=30.0)):
                 tensors = arrays.qkv(1, 300, 320, 4, 2, head_dim, "bfloat16", int(score), score)
-                run(arrays, *tensors, splits, options, f"{tile_q} {head_dim}")
+                run(arrays, *tensors, form, options, f"{form} {head_dim}")
 
-    @pytest.mark.parametrize("splits", SPLITS)
-    def test_growing_scores(self, arrays, force, splits):
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    def test_growing_scores(self, arrays, force, form):
         """The maximum lies in the first part or the last."""
-        query, key, value = arrays.qkv(1, 300, 320, 2, 2, 64, "float16", 7)
+        force(form)
+        query, key, value = arrays.qkv(1, 300, 500, 2, 2, 64, "float16", 7)
         query = abs(query)
-        for tile_q, steps in itertools.product((64, 128), (320.0, 64.0, 16.0)):
-            force(tile_q, splits)
-            ramp = arrays.cast((arrays.arange(320) + 1) / steps, "float16")[None, :, None, None]
+        for steps in (500.0, 64.0, 16.0):
+            ramp = arrays.cast((arrays.arange(500) + 1) / steps, "float16")[None, :, None, None]
             for k in (abs(key) * ramp, abs(key) * ramp.flip(1)):
-                run(arrays, query, k, value, splits, what=f"steps {steps}")
+                run(arrays, query, k, value, form, what=f"steps {steps}")
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_queries_that_see_no_key(self, arrays, force, form):
         """Zeros, and an lse of -inf: whole tiles of them, single rows, and parts that have no key for some rows."""
-        force(*form)
+        force(form)
         for seqlen_q, seqlen_k in ((300, 100), (130, 1), (65, 64), (193, 128), (17, 0), (257, 0)):
             for heads_q, head_dim in ((2, 64), (6, 128)):
                 tensors = arrays.qkv(2, seqlen_q, seqlen_k, heads_q, 2, head_dim, "float16", seqlen_q)
                 for options in (Options(causal=True), Options(window=(0, 0)), Options(window=(5, 2), softcap=10.0)):
-                    run(arrays, *tensors, form[1], options, f"{form} {seqlen_q} {seqlen_k}")
+                    run(arrays, *tensors, form, options, f"{form} {seqlen_q} {seqlen_k}")
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_a_single_visible_key(self, arrays, force, form):
         """The output is its value row, exactly, whichever part it lies in."""
-        force(*form)
+        force(form)
         for head_dim, group in itertools.product((40, 64, 128), (1, 3)):
             query, key, value = arrays.qkv(2, 300, 300, 2 * group, 2, head_dim, "bfloat16", 5, 4.0)
-            planned(query, key, value, form[1])
+            planned(query, key, value, form)
             out = flashcore.attention(query, key, value, window=(0, 0))
             assert arrays.same_bits(out, value.repeat_interleave(group, 2))
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_strides_and_layouts(self, arrays, force, form):
-        force(*form)
+        force(form)
         for head_dim in (64, 72, 128):
             for memory in ("padded", "transposed"):
                 tensors = arrays.qkv(2, 150, 200, 4, 2, head_dim, "float16", 13)
@@ -165,7 +165,7 @@ class TestResults:
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_poisoned_neighbours(self, arrays, force, form):
         """What lies behind the keys and values, and in other sequences and heads, is NaN: no bit changes."""
-        force(*form)
+        force(form)
         for head_dim, seqlen_k in ((64, 129), (128, 300)):
             tensors = arrays.qkv(3, 130, seqlen_k, 4, 4, head_dim, "float16", 3)
             clean, clean_lse = flashcore.attention(*tensors, return_lse=True)
@@ -174,14 +174,14 @@ class TestResults:
                 wide = arrays.full((3, a.shape[1] + 70, 4, head_dim), math.nan, "float16")
                 wide[1, : a.shape[1], 1:3] = a[1, :, 1:3]
                 placed.append(wide[:, : a.shape[1]])
-            planned(*placed, form[1])
+            planned(*placed, form)
             out, lse = flashcore.attention(*placed, return_lse=True)
             assert arrays.same_bits(out[1, :, 1:3], clean[1, :, 1:3])
             assert arrays.same_bits(lse[1, 1:3], clean_lse[1, 1:3])
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_a_nan_in_a_query_stays_in_its_row(self, arrays, force, form):
-        force(*form)
+        force(form)
         for group in (1, 4):
             query, key, value = arrays.qkv(2, 20, 300, 2 * group, 2, 64, "float16", 17)
             clean, clean_lse = flashcore.attention(query, key, value, return_lse=True)
@@ -206,7 +206,7 @@ class TestChoice:
                 assert_attention(arrays, out, lse, *tensors, options, f"{flashcore.plan(*tensors)}")
 
     def test_batch_invariant_calls_get_the_large_kernel(self, arrays, force):
-        force(64, 4)
+        force((64, 2, 4))
         tensors = arrays.qkv(2, 100, 200, 4, 2, 64, "float16", 1)
         assert flashcore.plan(*tensors, batch_invariant=True).kernel == "sm90_forward"
 
@@ -214,7 +214,7 @@ class TestChoice:
 class TestRepeatability:
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_100_runs_give_the_same_bits(self, arrays, force, form):
-        force(*form)
+        force(form)
         for causal, head_dim in itertools.product((False, True), (64, 128)):
             tensors = arrays.qkv(2, 300, 300, 8, 4, head_dim, "bfloat16", 11, 4.0)
             first = flashcore.attention(*tensors, causal=causal, return_lse=True)
@@ -224,7 +224,7 @@ class TestRepeatability:
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_two_streams(self, arrays, force, form):
-        force(*form)
+        force(form)
         problems = [arrays.qkv(1, 300, 300, 8, 8, 64, "float16", seed) for seed in (1, 2)]
         alone = [flashcore.attention(*tensors) for tensors in problems]
         streams = [torch.cuda.Stream() for _ in problems]
@@ -265,11 +265,11 @@ class TestDependentLaunches:
     @pytest.mark.parametrize("form", FORMS, ids=str)
     @pytest.mark.parametrize("shape", [(1, 512, 8, 64), (2, 65, 3, 64), (16, 256, 8, 64), (1, 300, 4, 128)], ids=str)
     def test_output_is_the_next_input(self, arrays, force, shape, form):
-        if not holds(shape[3], shape[1], form[1]):
+        if not holds(shape[3], shape[1], form):
             pytest.skip("a part does not fit the shared memory")
-        force(*form)
+        force(form)
         x, key, value = (arrays.random(shape, "bfloat16", seed, 4.0) for seed in (1, 2, 3))
-        planned(x, key, value, form[1])
+        planned(x, key, value, form)
         expected = self.expected(x, key, value)
         for count in (2, 3):
             buffers = [torch.empty_like(x) for _ in range(count)]
@@ -280,7 +280,7 @@ class TestDependentLaunches:
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_in_a_graph(self, arrays, force, form):
-        force(*form)
+        force(form)
         x, key, value = (arrays.random((1, 512, 8, 64), "float16", seed, 4.0) for seed in (4, 5, 6))
         buffers = [torch.empty_like(x) for _ in range(2)]
         side = torch.cuda.Stream()
@@ -311,13 +311,13 @@ class TestDependentLaunches:
             for _ in range(8):
                 y.mul_(0.75).add_(0.125)
                 scratch.zero_()
-                monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "small:128:4")
+                monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "small:64:2:4")
                 check()
                 flashcore.attention(y, key, value, out=scratch)
                 check()
                 monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "large")
                 flashcore.attention(scratch, y, value, out=out)
-                monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "small:64:2")
+                monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "small:64:2:2")
                 check()
                 flashcore.attention(out, key, scratch, out=y)
                 check()

@@ -294,10 +294,8 @@ Result Arrays::allocate(DType dtype, int ndim, const int64_t* shape) {
     if (type.api->managed_tensor_allocator(&prototype, &managed, &problem, set_error) != 0 || !managed) {
       throw RuntimeError("allocating the result: " + problem);
     }
-    result.tensor.data = dlpack::tensor_of(managed->dl_tensor, false).data;
-    void* object = nullptr;
-    if (type.api->managed_tensor_to_py_object_no_sync(managed, &object) != 0) nb::raise_python_error();
-    result.object_ = nb::steal(static_cast<PyObject*>(object));
+    result.managed_ = dlpack::Managed(managed);
+    result.tensor.data = result.managed_.tensor().data;
   } else if (type.empty) {
     nb::object const extents = nb::steal(PyTuple_New(ndim));
     for (int i = 0; i < ndim; ++i) PyTuple_SetItem(extents.ptr(), i, PyLong_FromLongLong(shape[i]));
@@ -337,6 +335,13 @@ void Arrays::issued() {
 }
 
 nb::object Arrays::take(Result&& result) {
+  if (result.managed_) {
+    void* object = nullptr;
+    if (arrays_[0].type->api->managed_tensor_to_py_object_no_sync(result.managed_.release(), &object) != 0) {
+      nb::raise_python_error();
+    }
+    return nb::steal(static_cast<PyObject*>(object));
+  }
   if (result.object_) return std::move(result.object_);
   return arrays_[0].type->from_buffer(leader_, make_buffer(std::move(result.storage_)));
 }

@@ -24,7 +24,8 @@ class Result {
 
  private:
   friend class Arrays;
-  nb::object object_;                 // from the framework's allocator,
+  dlpack::Managed managed_;           // from the framework's allocator, not yet a Python object,
+  nb::object object_;                 // or made by the framework's Python functions,
   std::shared_ptr<Storage> storage_;  // or memory of ours, to become an array of the framework's
 };
 
@@ -42,7 +43,8 @@ class Arrays {
   // The stream of the work: null on the CPU.
   void* stream() const { return stream_; }
 
-  // A row-major array of the leader's framework and device. dtype: the leader's, float32 or uint8.
+  // A row-major array of the leader's framework and device. dtype: the leader's, float32 or uint8. Its Python object is
+  // made by take() where that is possible, when the GPU works already.
   Result allocate(DType dtype, int ndim, const int64_t* shape);
 
   // To be called once the work has been issued: orders what other streams do later to the arrays after it.

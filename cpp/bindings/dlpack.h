@@ -46,6 +46,8 @@ class Managed {
   }
 
   explicit operator bool() const { return versioned_ || plain_; }
+  // Gives the ownership of an array in the versioned form away.
+  DLManagedTensorVersioned* release() { return std::exchange(versioned_, nullptr); }
   Tensor tensor() const {
     return versioned_ ? tensor_of(versioned_->dl_tensor, versioned_->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
                       : tensor_of(plain_->dl_tensor, false);

@@ -51,10 +51,19 @@ constexpr SmallTile small_tiles[] = {
 #undef FLASHCORE_SM90_SMALL_TILE
 };
 
+// How the small kernel divides a problem: rows of a tile of queries, warpgroups of a block and blocks of a cluster that
+// divide its keys.
+struct SmallForm {
+  int tile_q, key_groups, cluster;
+  bool fits(SmallTile const& tile) const {
+    return tile.tile_q() == tile_q && tile.key_groups == key_groups && tile.cluster == cluster;
+  }
+};
+
 struct SmallChoice {
   int head_dim;
   int64_t keys, tiles;
-  int tile_q, splits;
+  SmallForm form;
 };
 
 constexpr SmallChoice small_choices[] = {
@@ -62,7 +71,6 @@ constexpr SmallChoice small_choices[] = {
 #include "sm90/small_choice.inc"
 #undef FLASHCORE_SM90_SMALL_CHOICE
 };
-constexpr int small_choice_units = 132;  // multiprocessors of the device that the table is for
 
 // A build that leaves sm_90a out runs Hopper on the sm80 kernels. Without CUDA plan() tells what a whole build would
 // do.
@@ -220,10 +228,11 @@ Tiling tiling(const Problem& problem, const DeviceProperties& device, int tile_q
   return packed.tiles < plain.tiles ? packed : plain;
 }
 
-// FLASHCORE_SM90_KERNEL: "large", or "small", which may go on with the rows of a tile and the splits: "small:128:4".
+// FLASHCORE_SM90_KERNEL: "large", or "small", which may go on with a form: "small:64:2:4" is tiles of 64 rows, keys
+// over 2 warpgroups of each of 4 blocks.
 struct ForcedKernel {
   bool small = false, large = false;
-  int tile_q = 0, splits = 0;  // 0: not said
+  std::optional<SmallForm> form;
 };
 
 ForcedKernel forced_kernel() {
@@ -231,29 +240,33 @@ ForcedKernel forced_kernel() {
   if (text == nullptr || text[0] == '\0') return {};
   if (std::string_view(text) == "large") return {.large = true};
   if (std::string_view(text) == "small") return {.small = true};
-  ForcedKernel forced{.small = true};
+  SmallForm form{};
   int read = 0;
-  bool const numbers = std::sscanf(text, "small:%d:%d%n", &forced.tile_q, &forced.splits, &read) == 2 &&
-                       static_cast<size_t>(read) == std::string_view(text).size();
-  if (!numbers || (forced.tile_q != 64 && forced.tile_q != 128) ||
-      (forced.splits != 1 && forced.splits != 2 && forced.splits != 4 && forced.splits != SmallTile::most_splits)) {
-    throw ValueError(
-        std::string("FLASHCORE_SM90_KERNEL: got \"") + text +
-        "\"; expected \"small\", \"large\" or, as \"small:64:4\", rows of a tile (64 or 128) and splits (1, 2, "
-        "4 or 8)");
+  bool known = std::sscanf(text, "small:%d:%d:%d%n", &form.tile_q, &form.key_groups, &form.cluster, &read) == 3 &&
+               static_cast<size_t>(read) == std::string_view(text).size();
+  known = known && std::any_of(std::begin(small_tiles), std::end(small_tiles),
+                               [&](SmallTile const& tile) { return form.fits(tile); });
+  if (!known) {
+    std::string forms;
+    for (SmallTile const& tile : small_tiles) {
+      std::string const name = "\"small:" + std::to_string(tile.tile_q()) + ":" + std::to_string(tile.key_groups) +
+                               ":" + std::to_string(tile.cluster) + "\"";
+      if (forms.find(name) == std::string::npos) forms += (forms.empty() ? "" : ", ") + name;
+    }
+    throw ValueError(std::string("FLASHCORE_SM90_KERNEL: got \"") + text +
+                     "\"; expected \"large\", \"small\" or one of " + forms);
   }
-  return forced;
+  return {.small = true, .form = form};
 }
 
 // The plan for the small kernel with one of its tiles; none where the keys of a part do not fit the shared memory.
-std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& device, const SmallTile& tile,
-                               int splits) {
+std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& device, const SmallTile& tile) {
   constexpr int64_t most_blocks_an_axis = 65535;
   Sizes const s = sizes(problem);
-  int64_t const all_chunks = (s.seqlen_k + SmallTile::chunk - 1) / SmallTile::chunk;
-  int64_t const chunks = std::max<int64_t>((all_chunks + splits - 1) / splits, 1);
+  int64_t const all_chunks = (s.seqlen_k + tile.chunk - 1) / tile.chunk;
+  int64_t const chunks = std::max<int64_t>((all_chunks + tile.parts() - 1) / tile.parts(), 1);
   if (chunks > SmallTile::most_chunks) return std::nullopt;
-  int const shared_memory = tile.shared_memory(static_cast<int>(chunks), splits);
+  int const shared_memory = tile.shared_memory(static_cast<int>(chunks));
   Tiling const tiling = flashcore::tiling(problem, device, tile.tile_q());
   int64_t const pairs = s.batch * s.heads_q / tiling.packed_heads;
   if (shared_memory > device.shared_memory_per_block || s.batch > most_blocks_an_axis ||
@@ -265,14 +278,14 @@ std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& d
   plan.kernel = "sm90_small";
   plan.head_dim = tile.head_dim;
   plan.tile_q = tile.tile_q();
-  plan.tile_k = static_cast<int>(chunks) * SmallTile::chunk;
+  plan.tile_k = static_cast<int>(chunks) * tile.chunk * tile.key_groups;
   plan.packed_heads = tiling.packed_heads;
-  plan.threads = 2 * tile.tile_q();
+  plan.threads = tile.threads();
   plan.plain_score = tile.plain_score;
   plan.shared_memory = shared_memory;
   plan.tiles = tiling.tiles;
-  plan.splits = splits;
-  plan.blocks = plan.tiles * splits;
+  plan.splits = tile.parts();
+  plan.blocks = plan.tiles * tile.cluster;
   return plan;
 }
 
@@ -282,7 +295,7 @@ const SmallChoice* small_choice(int head_dim, int64_t keys, int64_t tiles, const
   for (SmallChoice const& row : small_choices) {
     if (row.head_dim != head_dim || row.keys < keys) continue;
     if (keys_of_rows == 0) keys_of_rows = row.keys;
-    if (row.keys == keys_of_rows && tiles * small_choice_units <= row.tiles * device.units) return &row;
+    if (row.keys == keys_of_rows && tiles * SmallTile::units <= row.tiles * device.units) return &row;
   }
   return nullptr;
 }
@@ -303,27 +316,25 @@ std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& d
     if (head_dim == 0 && tile.head_dim >= s.head_dim) head_dim = tile.head_dim;
   }
   if (head_dim == 0) return std::nullopt;
-  // The tile of so many rows, where there is one for this kind of score.
-  auto const plan_with = [&](int tile_q, int splits) {
-    SmallTile const* chosen = nullptr;
+  // With the tile of that form, or else the first of this kind of score that holds the keys.
+  auto const plan_with = [&](std::optional<SmallForm> const& form) {
+    std::optional<Plan> plan;
     for (SmallTile const& tile : small_tiles) {
       if (tile.head_dim != head_dim || tile.plain_score != plain) continue;
-      if (chosen == nullptr || tile.tile_q() == tile_q) chosen = &tile;
+      if (form && form->fits(tile)) return plan_small(problem, device, tile);
+      if (!plan) plan = plan_small(problem, device, tile);
     }
-    return plan_small(problem, device, *chosen, splits);
+    return plan;
   };
-  if (forced.splits != 0) return plan_with(forced.tile_q, forced.splits);
+  if (forced.form) return plan_with(forced.form);
   Tiling const tiling = flashcore::tiling(problem, device, 64);
   if (SmallChoice const* row = small_choice(head_dim, s.seqlen_k, tiling.tiles, device)) {
-    std::optional<Plan> const plan = plan_with(row->tile_q, row->splits);
+    std::optional<Plan> const plan = plan_with(row->form);
     // More heads of a key head than the tile has rows would each read its keys.
     bool const packs = !plan || plan->packed_heads > 1 || flashcore::tiling(problem, device, 128).packed_heads == 1;
     if (plan && (packs || forced.small)) return plan;
   }
-  for (int splits = 1; forced.small && splits <= SmallTile::most_splits; splits *= 2) {
-    if (std::optional<Plan> const plan = plan_with(64, splits)) return plan;
-  }
-  return std::nullopt;
+  return forced.small ? plan_with(std::nullopt) : std::nullopt;
 }
 
 Plan plan_sm90(const Problem& problem, const DeviceProperties& device) {
@@ -440,8 +451,12 @@ std::string explain(const Problem& problem, const DeviceProperties& device, cons
       text.append(forced_kernel().small ? " The kernel for small problems is forced: " : " A small problem: ");
       text.append(std::to_string(plan.tiles)).append(" tiles, each block with all its keys in shared memory at once");
       if (plan.splits > 1) {
-        text.append("; the ").append(std::to_string(plan.splits));
-        text.append(" blocks of a cluster divide the keys of a tile and merge their results");
+        int const groups = plan.threads / (2 * plan.tile_q), cluster = plan.splits / groups;
+        text.append("; ");
+        if (groups > 1) text.append(std::to_string(groups)).append(" warpgroups");
+        if (groups > 1 && cluster > 1) text.append(" in each of ");
+        if (cluster > 1) text.append("the ").append(std::to_string(cluster)).append(" blocks of a cluster");
+        text.append(" divide the keys of a tile and merge their results");
       }
       text.append(".");
     } else if (hopper) {

@@ -9,7 +9,8 @@
 namespace flashcore::sm90 {
 
 // Instantiated in the files that cmake/KernelInstances.cmake makes.
-template <class Element, int head_dim, int warpgroups, int blocks, bool plain_score>
+template <class Element, int head_dim, int row_groups, int key_groups, int cluster, int chunk, int blocks,
+          bool plain_score>
 struct SmallConfig;
 template <class Config>
 void run_small(ForwardParams const& params, Plan const& plan, cudaStream_t stream);
@@ -18,10 +19,11 @@ namespace {
 
 template <class Element>
 bool run(ForwardParams const& params, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_SMALL_TILE(D, W, B, plain)                                 \
-  if (plan.head_dim == D && plan.tile_q == 64 * W && plan.plain_score == plain) { \
-    run_small<SmallConfig<Element, D, W, B, plain>>(params, plan, stream);        \
-    return true;                                                                  \
+#define FLASHCORE_SM90_SMALL_TILE(D, R, K, C, N, B, plain)                                                  \
+  if (plan.head_dim == D && plan.tile_q == 64 * R && plan.threads == 128 * R * K && plan.splits == K * C && \
+      plan.plain_score == plain) {                                                                          \
+    run_small<SmallConfig<Element, D, R, K, C, N, B, plain>>(params, plan, stream);                         \
+    return true;                                                                                            \
   }
 #include "sm90/small_tiles.inc"
 #undef FLASHCORE_SM90_SMALL_TILE

@@ -1,55 +1,51 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel for small problems, where launch, first loads and idle multiprocessors take longer than the arithmetic. A
 // block has one tile of queries and a part of the keys that fits its shared memory: it asks for everything at once and
-// multiplies what is there. The blocks of a cluster divide a tile's keys and merge their results through distributed
-// shared memory. README.md beside this file says which step waits for which.
+// multiplies what is there. Warpgroups, and blocks of a cluster, divide a tile's keys and merge their results through
+// (distributed) shared memory. README.md beside this file says which step waits for which.
 #pragma once
 
-#include <bit>
-
 #include "attention/mask.h"
+#include "core/once_per_device.h"
 #include "sm90/forward_kernel.cuh"
 #include "sm90/small_tile.h"
 
 namespace flashcore::sm90 {
 
 // What the kernel is compiled for; small_tiles.inc has the numbers and their reasons.
-template <class Element_, int head_dim_, int warpgroups_, int blocks_, bool plain_score_>
+template <class Element_, int head_dim_, int row_groups_, int key_groups_, int cluster_, int chunk_, int blocks_,
+          bool plain_score_>
 struct SmallConfig {
   using Element = Element_;
   using Score = std::conditional_t<plain_score_, PlainScore, CappedScore>;
-  static constexpr SmallTile tile{head_dim_, warpgroups_, blocks_, plain_score_};
-  static constexpr int head_dim = head_dim_, warpgroups = warpgroups_, blocks = blocks_;
+  static constexpr SmallTile tile{head_dim_, row_groups_, key_groups_, cluster_, chunk_, blocks_, plain_score_};
+  static constexpr int head_dim = head_dim_, row_groups = row_groups_, key_groups = key_groups_, cluster = cluster_;
+  static constexpr int blocks = blocks_, parts = tile.parts();
   static constexpr bool adds_sums = true;  // the rows' sums are added up, not multiplied by a column of ones
 
-  static constexpr int chunk = SmallTile::chunk;
-  static constexpr int tile_q = tile.tile_q(), threads = 128 * warpgroups;
+  static constexpr int chunk = chunk_;
+  static constexpr int tile_q = tile.tile_q(), threads = tile.threads();
   static constexpr int panels = tile.panels();
   static constexpr int q_panel = tile_q * row_bytes, kv_panel = chunk * row_bytes;
   static constexpr int q_bytes = tile.q_bytes(), kv_bytes = tile.kv_bytes();
-  static_assert(head_dim % 64 == 0);
-
-  // The exchange: eight rows, one of a lane's two in each quad of a warp, go to one block.
-  static constexpr int bands = tile_q / 8;
-  static constexpr int band_bytes = 8 * head_dim * 4;
-  static constexpr int lane_vectors = head_dim / 16;  // of four floats, that a lane has of a band
+  // The exchange: a part merges and writes a share of the columns of its 64 rows, in pieces of 8 columns, which are
+  // four accumulators of a lane: first with the other warpgroup of the same rows, then with the cluster's other blocks.
+  static constexpr int group_pieces = head_dim / 8 / key_groups, pieces = group_pieces / cluster;
+  static constexpr int piece_bytes = 128 * 16;
+  static_assert(head_dim % 64 == 0 && key_groups <= 2 && pieces >= 1);
 };
 
 template <class Score>
 struct SmallArguments : Arguments<Score> {
-  int splits, log_splits;  // blocks of a cluster
-  // Where in shared memory the values, what other blocks send of outputs and of rows' states, and the block's own state
-  // begin.
-  int values_at, output_at, rows_at, state_at;
+  int chunks;                               // of a part, that shared memory has room for
+  int values_at, received_at, barriers_at;  // where in shared memory these begin
+  bool alone;                               // a block has a multiprocessor for itself
 };
 
 // --- instructions that CuTe has not, or not with the memory clobber that the compiler has to see ---------------------
 
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_arrive_release() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait_acquire() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -60,12 +56,22 @@ __device__ __forceinline__ uint32_t in_block(uint32_t address, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
   return result;
 }
-__device__ __forceinline__ void write_cluster(uint32_t address, float x, float y) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+// Writes to the shared memory of any block of the cluster, and counts the bytes at `barrier` of the same block.
+__device__ __forceinline__ void send(uint32_t address, uint32_t barrier, float4 x) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address),
+      "r"(barrier), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+      : "memory");
 }
-__device__ __forceinline__ void write_cluster(uint32_t address, float x, float y, float z, float w) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w)
-               : "memory");
+// Waits for the first phase of a barrier and for what other blocks of the cluster sent to it.
+__device__ __forceinline__ void wait_for_cluster(uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier)
+      : "memory");
 }
 // Lets the next kernel of the stream be launched, and waits until the one before has finished and its writes are seen.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -73,141 +79,201 @@ __device__ __forceinline__ void wait_for_prerequisites() { asm volatile("griddep
 
 // --- what a block does -----------------------------------------------------------------------------------------------
 
-// The chunks of keys [begin, begin + count) of this block. The chunks that a tile sees are divided evenly. Lies in
-// shared memory: kept in registers over the products, its numbers would make them spill.
-struct Part {
+// What the block is to do. Lies in shared memory: kept in registers over the products, its numbers would make them
+// spill.
+struct Task {
+  JobPlace job;
+  int head_k;
   Mask mask;
-  KeyRange range;
-  int begin, count;
-  int share;  // chunks of each of the cluster's blocks, but for those at the end
+  KeyRange range;   // the chunks of keys that the tile sees, which the parts divide evenly
+  int share;        // chunks of each part, but for those at the end
+  int block_share;  // and of each block
 
-  // Whether the cluster's block `rank` has keys.
-  __device__ __forceinline__ bool has_keys(int rank) const { return rank * share < range.count(); }
+  __device__ __forceinline__ int begin(int part) const { return range.begin + part * share; }
+  __device__ __forceinline__ int count(int part) const { return clamp_to(range.end - begin(part), 0, share); }
+  // Whether a block of the cluster has keys (the first ones do), and how many of the others.
+  __device__ __forceinline__ bool has_keys(int rank) const { return rank * block_share < range.count(); }
+  __device__ __forceinline__ int senders(int rank) const {
+    int const blocks = block_share == 0 ? 0 : (range.count() + block_share - 1) / block_share;
+    return blocks - (rank < blocks ? 1 : 0);
+  }
 };
+static_assert(sizeof(Task) <= SmallTile::state_bytes);
 
-// --- shared memory ---------------------------------------------------------------------------------------------------
-
-// Queries, keys and values in panels of 64 columns; what other blocks send, in the order of the senders but for this
-// block: for each sender bands of this block's rows, as the lanes hold them, and behind all of them the maxima and
-// sums.
+// Queries, keys and values in panels of 64 columns; what each warpgroup receives, from every sender pieces of columns
+// as the lanes hold them and behind them the rows' states.
 template <class Config>
 struct SmallMemory {
   char* base;
   SmallArguments<typename Config::Score> const& a;
 
   __device__ __forceinline__ char* queries() const { return base; }
-  __device__ __forceinline__ char* keys(int chunk) const { return base + Config::q_bytes + chunk * Config::kv_bytes; }
-  __device__ __forceinline__ char* values(int chunk) const { return base + a.values_at + chunk * Config::kv_bytes; }
-  __device__ __forceinline__ char* output(int place) const { return base + a.output_at + place * Config::band_bytes; }
-  __device__ __forceinline__ char* rows(int place) const { return base + a.rows_at + place * 64; }
-  __device__ __forceinline__ Barrier* barriers() const { return reinterpret_cast<Barrier*>(base + a.state_at); }
-  __device__ __forceinline__ Barrier& full_keys(int chunk) const { return barriers()[chunk]; }
-  __device__ __forceinline__ Barrier& full_values(int chunk) const {
-    return barriers()[SmallTile::most_chunks + chunk];
+  __device__ __forceinline__ char* keys(int group, int chunk) const {
+    return base + Config::q_bytes + (group * a.chunks + chunk) * Config::kv_bytes;
   }
-  __device__ __forceinline__ Part& part() const {
-    return *reinterpret_cast<Part*>(barriers() + 2 * SmallTile::most_chunks);
+  __device__ __forceinline__ char* values(int group, int chunk) const {
+    return base + a.values_at + (group * a.chunks + chunk) * Config::kv_bytes;
+  }
+  // What a warpgroup receives from its neighbour, and from the `sender`-th of the other blocks.
+  __device__ __forceinline__ char* from_neighbour(int warpgroup) const {
+    return base + a.received_at + warpgroup * Config::tile.received_bytes();
+  }
+  __device__ __forceinline__ char* from_block(int warpgroup, int sender) const {
+    return from_neighbour(warpgroup) + Config::tile.neighbour_bytes() + sender * Config::tile.block_bytes();
+  }
+
+  __device__ __forceinline__ Barrier* barriers() const { return reinterpret_cast<Barrier*>(base + a.barriers_at); }
+  __device__ __forceinline__ Barrier& full_queries() const { return barriers()[0]; }
+  __device__ __forceinline__ Barrier& full_keys(int group, int chunk) const {
+    return barriers()[1 + group * 2 * SmallTile::most_chunks + chunk];
+  }
+  __device__ __forceinline__ Barrier& full_values(int group, int chunk) const {
+    return full_keys(group, SmallTile::most_chunks + chunk);
+  }
+  __device__ __forceinline__ Barrier& received(int warpgroup) const { return full_keys(Config::key_groups, warpgroup); }
+  __device__ __forceinline__ Task& task() const {
+    return *reinterpret_cast<Task*>(barriers() + Config::tile.barriers());
+  }
+  // Which query a row of the tile is: divisions by the heads of a group that nobody has to wait for.
+  __device__ __forceinline__ int& query(int row) const {
+    return reinterpret_cast<int*>(reinterpret_cast<char*>(&task()) + SmallTile::state_bytes)[row];
   }
 };
-static_assert(2 * SmallTile::most_chunks * sizeof(Barrier) + sizeof(Part) <= SmallTile::state_bytes);
 
 __device__ __forceinline__ uint32_t address_of(void const* shared) { return cute::cast_smem_ptr_to_uint(shared); }
 
-// --- the block's part ------------------------------------------------------------------------------------------------
+// A warpgroup: its 64 rows of the tile, and its part of the keys.
+template <class Config>
+struct Warpgroup {
+  int index;
 
-// This block's tile of queries, and its rank in the cluster that shares it. The grid is (blocks of a cluster · heads,
-// tiles, sequences), and the tiles with the most keys come first within a sequence. Read anew from the special
-// registers at each call, rather than kept over the products.
-template <class Score>
-__device__ __forceinline__ JobPlace this_job(SmallArguments<Score> const& a, int& rank) {
-  int x, y, z;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
-  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
-  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
-  int const queries = a.scheduler.tile_q, first = (static_cast<int>(gridDim.y) - 1 - y) * queries;
-  rank = x & (a.splits - 1);
-  return {z, x >> a.log_splits, first, min_of(queries, a.p.seqlen_q - first)};
+  __device__ __forceinline__ int rows() const { return index / Config::key_groups; }
+  __device__ __forceinline__ int group() const { return index % Config::key_groups; }
+  __device__ __forceinline__ static int rank() {  // of the block in its cluster
+    int x = 0;
+    if (Config::cluster > 1) asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x % Config::cluster;
+  }
+  __device__ __forceinline__ int part() const { return rank() * Config::key_groups + group(); }
+  __device__ __forceinline__ static int thread() { return threadIdx.x % 128; }
+};
+
+// The grid is (blocks of a cluster · heads, tiles, sequences), and the tiles with the most keys come first within a
+// sequence.
+template <class Config>
+__device__ __forceinline__ Task this_task(SmallArguments<typename Config::Score> const& a) {
+  Task task;
+  int const queries = a.scheduler.tile_q, first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * queries;
+  int const head = blockIdx.x / Config::cluster;
+  task.job = {static_cast<int>(blockIdx.z), head, first, min_of(queries, a.p.seqlen_q - first)};
+  task.head_k = a.pack == a.p.group ? head : head * a.pack / a.p.group;
+  task.mask = Mask::make(a.p.seqlen_q, a.p.seqlen_k, a.p.window_left, a.p.window_right);
+  task.range = task.mask.key_range(first, first + task.job.queries, Config::chunk);
+  task.share = (task.range.count() + Config::parts - 1) / Config::parts;
+  task.block_share = task.share * Config::key_groups;
+  return task;
 }
 
-template <class Score>
-__device__ __forceinline__ Part this_part(SmallArguments<Score> const& a, JobPlace const& job, int rank) {
-  Part part;
-  part.mask = Mask::make(a.p.seqlen_q, a.p.seqlen_k, a.p.window_left, a.p.window_right);
-  part.range = part.mask.key_range(job.first, job.first + job.queries, SmallTile::chunk);
-  part.share = (part.range.count() + a.splits - 1) >> a.log_splits;
-  part.begin = part.range.begin + rank * part.share;
-  part.count = clamp_to(part.range.end - part.begin, 0, part.share);
-  return part;
+// Asks for the lines of the arrays to be brought into the L2 cache, which all kernels share: that may happen while the
+// kernel before still writes them. The tiles of a head divide its keys' and values' rows.
+template <class Config>
+__device__ __forceinline__ void prefetch(SmallArguments<typename Config::Score> const& a, Task const& task) {
+  auto const line = [&](auto const& rows, int row, int head, int panel) {
+    int64_t const at = task.job.sequence * rows.batch_stride + head * rows.head_stride + row * rows.row_stride;
+    auto const* const data = static_cast<typename Config::Element const*>(rows.data) + at + panel * panel_columns;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(data));
+  };
+  int const thread = threadIdx.x, rank = Warpgroup<Config>::rank();
+  int const tiles = gridDim.y, begin = task.mask.first_key(0), end = task.mask.end_key(a.p.seqlen_q - 1);
+  int const first = begin + (rank * Config::threads + thread) * tiles + static_cast<int>(blockIdx.y);
+#pragma unroll 1
+  for (int row = first; row < end; row += Config::cluster * Config::threads * tiles) {
+#pragma unroll
+    for (int panel = 0; panel < Config::panels; ++panel) {
+      line(a.p.k, row, task.head_k, panel);
+      line(a.p.v, row, task.head_k, panel);
+    }
+  }
+#pragma unroll 1
+  for (int row = thread; rank == 0 && row < task.job.queries * a.pack; row += Config::threads) {
+    int const query = row / a.pack;
+#pragma unroll
+    for (int panel = 0; panel < Config::panels; ++panel) {
+      line(a.p.q, task.job.first + query, task.job.head * a.pack + (row - query * a.pack), panel);
+    }
+  }
 }
 
-// One thread: asks for all that the block will read, in the order in which it is needed: Q K0 K1 V0 K2 V1 ... V(last).
+// One thread of each group of warpgroups that share keys: asks for all that they will read, in the order in which it is
+// needed: Q K0 K1 V0 K2 V1 ... V(last). The first group's thread asks for the queries.
 template <class Config>
 __device__ __forceinline__ void request(SmallArguments<typename Config::Score> const& a,
-                                        SmallMemory<Config> const& shared, JobPlace const& job, Part const& part) {
+                                        SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup) {
   constexpr auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  int const head_k = a.pack == a.p.group ? job.head : job.head * a.pack / a.p.group;
-  auto const load = [&](CUtensorMap const& map, Barrier& full, char* to, int panel_bytes, int row, int head) {
+  Task const& task = shared.task();
+  auto const load = [&](CUtensorMap const& map, Barrier& full, char* to, int panel_bytes, int bytes, int row,
+                        int head) {
+    full.arrive_and_expect_tx(bytes);
 #pragma unroll
     for (int panel = 0; panel < Config::panels; ++panel) {
       cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), hint, to + panel * panel_bytes,
-                                   panel * panel_columns, 0, row, head, job.sequence);
+                                   panel * panel_columns, 0, row, head, task.job.sequence);
     }
   };
-  int const begin = part.begin, count = part.count;
+  int const group = warpgroup.group(), part = warpgroup.part();
+  int const begin = task.begin(part), count = task.count(part);
+  if (group == 0) {
+    load(a.q, shared.full_queries(), shared.queries(), Config::q_panel, a.q_bytes, task.job.first, task.job.head);
+  }
 #pragma unroll 1
   for (int c = 0; c <= count; ++c) {
     if (c < count) {
-      Barrier& full = shared.full_keys(c);
-      full.arrive_and_expect_tx(Config::kv_bytes + (c == 0 ? a.q_bytes : 0));
-      if (c == 0) load(a.q, full, shared.queries(), Config::q_panel, job.first, job.head);
-      load(a.k, full, shared.keys(c), Config::kv_panel, (begin + c) * Config::chunk, head_k);
+      load(a.k, shared.full_keys(group, c), shared.keys(group, c), Config::kv_panel, Config::kv_bytes,
+           (begin + c) * Config::chunk, task.head_k);
     }
     if (c > 0) {
-      Barrier& full = shared.full_values(c - 1);
-      full.arrive_and_expect_tx(Config::kv_bytes);
-      load(a.v, full, shared.values(c - 1), Config::kv_panel, (begin + c - 1) * Config::chunk, head_k);
+      load(a.v, shared.full_values(group, c - 1), shared.values(group, c - 1), Config::kv_panel, Config::kv_bytes,
+           (begin + c - 1) * Config::chunk, task.head_k);
     }
   }
 }
 
 // --- products and softmax --------------------------------------------------------------------------------------------
 
-// Where a warpgroup's results of a part stand: the output so far, not divided by the rows' sums, and their state.
+// Where a part's results of 64 rows stand: the output so far, not divided by the rows' sums, and their state.
 template <class Config>
 struct Partial {
   float o[Config::head_dim / 2];
   SoftmaxRow state[2];
 };
 
-// Works off the block's chunks as they arrive: a chunk's softmax runs while the chunk before is multiplied with its
-// values.
+// Works off the part's chunks as they arrive. A warpgroup multiplies one chunk at a time: its first weights by their
+// values while the others' exponentials run. Other warpgroups fill the gaps.
 template <class Config>
 __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> const& a,
-                                       SmallMemory<Config> const& shared, JobPlace const& job, Lane lane,
+                                       SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup, Lane lane,
                                        Partial<Config>& partial) {
   using Element = typename Config::Element;
-  constexpr int chunk = Config::chunk, head_dim = Config::head_dim;
+  constexpr int chunk = Config::chunk, head_dim = Config::head_dim, step = 64;
   float (&o)[head_dim / 2] = partial.o;
   SoftmaxRow(&state)[2] = partial.state;
   float s[chunk / 2], ratio[2], offset[2];
   uint32_t weights[chunk / 4];
-  int query[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const row = lane.row + half * 8;
-    query[half] = job.first + (a.pack == 1 ? row : row / a.pack);
-  }
 #pragma unroll
   for (int i = 0; i < head_dim / 2; ++i) o[i] = 0.0f;
-  int const warpgroup = Config::warpgroups == 1 ? 0 : __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  uint64_t const queries = operand(address_of(shared.queries()) + warpgroup * 64 * row_bytes, 0);
-  uint64_t const all_keys = operand(address_of(shared.keys(0)), 0);
-  uint64_t const all_values = operand(address_of(shared.values(0)), Config::kv_panel);
-
-  // S = Q Kᵀ with chunk c's keys; O += P V with its values. Asynchronous.
-  auto const issue_scores = [&](int c) {
-    shared.full_keys(c).wait(0);
-    uint64_t const keys = all_keys + c * (Config::kv_bytes / 16);
+  int const group = warpgroup.group(), part = warpgroup.part();
+  int const count = shared.task().count(part);
+  if (count == 0) {
+    if (a.alone) launch_dependents();
+    return;
+  }
+  uint64_t const queries = operand(address_of(shared.queries()) + warpgroup.rows() * 64 * row_bytes, 0);
+  shared.full_queries().wait(0);
+#pragma unroll 1
+  for (int c = 0; c < count; ++c) {
+    // S = Q Kᵀ
+    shared.full_keys(group, c).wait(0);
+    uint64_t const keys = operand(address_of(shared.keys(group, c)), 0);
     hold(s);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -216,190 +282,208 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
                                     keys + (d / 4 * Config::kv_panel + d % 4 * 32) / 16, d > 0);
     }
     cute::warpgroup_commit_batch();
-  };
-  auto const issue_output = [&](int c) {
-    shared.full_values(c).wait(0);
-    uint64_t const values = all_values + c * (Config::kv_bytes / 16);
-    hold(o);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int n = 0; n < chunk / 16; ++n) {
-      multiply_values<Element, head_dim>(o, weights + 4 * n, values + n * 16 * row_bytes / 16);
-    }
-    cute::warpgroup_commit_batch();
-  };
-  auto const softmax = [&](int c) {
+    cute::warpgroup_wait<0>();
     hold(s);
     transform(s, a.score);
-    Part const& part = shared.part();
-    int const tile = part.begin + c;
-    if (tile < part.range.full_begin || tile >= part.range.full_end) {
-      hide(s, visible(part.mask, query, tile * chunk));
+    Task const& task = shared.task();
+#pragma unroll
+    for (int n = 0; n < chunk; n += step) {
+      int const key = (task.begin(part) + c) * chunk + n;
+      // Whether all 64 rows see all of these keys: the last one's first, and the first one's last.
+      int const row = warpgroup.rows() * 64;
+      bool const seen =
+          task.mask.first_key(shared.query(row + 63)) <= key && key + step <= task.mask.end_key(shared.query(row));
+      if (!seen) {
+        int const query[2] = {shared.query(lane.row), shared.query(lane.row + 8)};
+        hide(reinterpret_cast<float (&)[step / 2]>(s[n / 2]), visible(task.mask, query, key));
+      }
     }
     raise_maxima(s, state, ratio, offset, a.score);
-    exponentials<Config>(s, state, offset, a.score.factor);
-  };
-  auto const pack_weights = [&] {
+    if (c > 0) {
 #pragma unroll
-    for (int i = 0; i < chunk / 4; ++i) weights[i] = Precision<Element>::pack(s[2 * i], s[2 * i + 1]);
-  };
-
-  int const count = shared.part().count;
-  if (count == 0) return;
-  issue_scores(0);
-  cute::warpgroup_wait<0>();
-  softmax(0);
-  pack_weights();
-#pragma unroll 1
-  for (int c = 1; c < count; ++c) {
-    issue_scores(c);
-    issue_output(c - 1);
-    cute::warpgroup_wait<1>();
-    softmax(c);
+      for (int i = 0; i < head_dim / 2; ++i) o[i] *= ratio[i / 2 % 2];
+    }
+    // All that the block asked for is there, or about to be: the next kernel may bring its own lines into the cache.
+    if (c == 0 && a.alone) launch_dependents();
+    // O += P V
+    uint64_t const values = operand(address_of(shared.values(group, c)), Config::kv_panel);
+#pragma unroll
+    for (int n = 0; n < chunk / 16; n += step / 16) {
+#pragma unroll
+      for (int i = 8 * n; i < 8 * n + step / 2; ++i) {
+        s[i] = exp2_of(s[i] * a.score.factor - offset[i / 2 % 2]);
+        state[i / 2 % 2].sum += s[i];
+      }
+#pragma unroll
+      for (int i = 4 * n; i < 4 * n + step / 4; ++i) weights[i] = Precision<Element>::pack(s[2 * i], s[2 * i + 1]);
+      if (n == 0) {
+        shared.full_values(group, c).wait(0);
+        hold(o);
+      }
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int m = n; m < n + step / 16; ++m) {
+        multiply_values<Element, head_dim>(o, weights + 4 * m, values + m * 16 * row_bytes / 16);
+      }
+      cute::warpgroup_commit_batch();
+    }
+    // Before the next scores: they take the registers of the weights.
     cute::warpgroup_wait<0>();
     hold(o);
-#pragma unroll
-    for (int i = 0; i < head_dim / 2; ++i) o[i] *= ratio[i / 2 % 2];
-    pack_weights();
   }
-  issue_output(count - 1);
 #pragma unroll
   for (int half = 0; half < 2; ++half) state[half].sum = quad_sum(state[half].sum);
-  cute::warpgroup_wait<0>();
-  hold(o);
 }
 
 // --- the merge -------------------------------------------------------------------------------------------------------
 
-// A band of eight rows, row `half` of the lanes' two: the block of the cluster that merges and writes it, and its place
-// among that block's bands.
-struct Band {
-  int owner, index;
-};
-template <class Config>
-__device__ __forceinline__ Band band_of(SmallArguments<typename Config::Score> const& a, Lane lane, int half) {
-  int const band = lane.row / 8 + half;
-  return {band * a.splits / Config::bands, band & ((Config::bands >> a.log_splits) - 1)};
+// Piece i of accumulators: of each of a lane's two rows two neighbouring columns.
+__device__ __forceinline__ float4 piece(float const* o, int i) {
+  return {o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
 }
-// Where a block keeps band `index` of what another sends it; senders are numbered without the block itself.
-template <class Config>
-__device__ __forceinline__ int band_place(SmallArguments<typename Config::Score> const& a, int sender, int index) {
-  return sender * (Config::bands >> a.log_splits) + index;
+__device__ __forceinline__ float4 rows_of(SoftmaxRow const (&state)[2]) {
+  return {state[0].max, state[0].sum, state[1].max, state[1].sum};
 }
 
-// Sends the rows that other blocks merge to them.
-template <class Config>
-__device__ __forceinline__ void send(SmallMemory<Config> const& shared, int rank, Lane lane,
-                                     Partial<Config> const& partial) {
-  int const thread = threadIdx.x % 32;
+// Adds what lies at `received` (`pieces` of a warpgroup and its rows' states) to `mine`.
+template <int pieces>
+__device__ __forceinline__ void merge(char const* received, float factor, SoftmaxRow (&state)[2],
+                                      float (&mine)[4 * pieces]) {
+  int const thread = threadIdx.x % 128;
+  auto const* const sent = reinterpret_cast<float4 const*>(received);
+  float4 const rows = sent[pieces * 128 + thread / 4];
+  float4 x[pieces];
+#pragma unroll
+  for (int i = 0; i < pieces; ++i) x[i] = sent[i * 128 + thread];
+  SoftmaxRow other[2] = {{rows.x, rows.y}, {rows.z, rows.w}};
+  float ratio[2], its[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    auto const [owner, index] = band_of<Config>(shared.a, lane, half);
-    if (owner == rank) continue;
-    int const place = band_place<Config>(shared.a, rank < owner ? rank : rank - 1, index);
-    uint32_t const output = in_block(address_of(shared.output(place)) + thread * 16, owner);
+    float const top = fmaxf(state[half].max, other[half].max);
+    ratio[half] = state[half].raise(top, factor);
+    its[half] = other[half].raise(top, factor);
+    state[half].sum += other[half].sum;
+  }
 #pragma unroll
-    for (int i = 0; i < Config::lane_vectors; ++i) {
-      float const* const x = &partial.o[8 * i + 2 * half];
-      write_cluster(output + i * 512, x[0], x[1], x[4], x[5]);
-    }
-    if (thread % 4 == 0) {
-      SoftmaxRow const& state = partial.state[half];
-      write_cluster(in_block(address_of(shared.rows(place)) + thread / 4 * 8, owner), state.max, state.sum);
-    }
+  for (int i = 0; i < pieces; ++i) {
+    mine[4 * i] = mine[4 * i] * ratio[0] + x[i].x * its[0];
+    mine[4 * i + 1] = mine[4 * i + 1] * ratio[0] + x[i].y * its[0];
+    mine[4 * i + 2] = mine[4 * i + 2] * ratio[1] + x[i].z * its[1];
+    mine[4 * i + 3] = mine[4 * i + 3] * ratio[1] + x[i].w * its[1];
   }
 }
 
-// Adds what the other blocks sent of this lane's rows to its own, in the order of the keys but for its own part. Where
-// only one of the two rows is this block's, the other one's numbers mean nothing, and nobody writes them.
+// Merges the parts of a warpgroup's rows, and leaves the columns that are its to write in `mine`.
 template <class Config>
-__device__ __forceinline__ void merge(SmallMemory<Config> const& shared, int rank, Lane lane, float factor,
-                                      Partial<Config>& partial) {
-  int const thread = threadIdx.x % 32;
-  int const index[2] = {band_of<Config>(shared.a, lane, 0).index, band_of<Config>(shared.a, lane, 1).index};
-  // The last blocks may have had no keys, and sent nothing.
-  int senders = 0;
+__device__ __forceinline__ void exchange(SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup, float factor,
+                                         Partial<Config>& partial, float (&mine)[4 * Config::pieces]) {
+  constexpr int group_pieces = Config::group_pieces, pieces = Config::pieces, cluster = Config::cluster;
+  int const thread = warpgroup.thread();
+  float o[4 * group_pieces];
+  // With the other warpgroup of the rows: each takes half of the columns.
+  if constexpr (Config::key_groups == 2) {
+    bool const upper = warpgroup.group() == 1;
+    auto* const to = reinterpret_cast<float4*>(shared.from_neighbour(warpgroup.index ^ 1));
 #pragma unroll
-  for (int other = 0; other < SmallTile::most_splits; ++other) {
-    senders += other < shared.a.splits && other != rank && shared.part().has_keys(other);
+    for (int i = 0; i < group_pieces; ++i) {
+      float4 const low = piece(partial.o, i), high = piece(partial.o, group_pieces + i);
+      to[i * 128 + thread] = upper ? low : high;
+      o[4 * i] = upper ? high.x : low.x;
+      o[4 * i + 1] = upper ? high.y : low.y;
+      o[4 * i + 2] = upper ? high.z : low.z;
+      o[4 * i + 3] = upper ? high.w : low.w;
+    }
+    if (thread % 4 == 0) to[group_pieces * 128 + thread / 4] = rows_of(partial.state);
+    cutlass::arch::NamedBarrier::sync(256, 1 + (Config::row_groups > 1 ? warpgroup.rows() : 0));
+    merge<group_pieces>(shared.from_neighbour(warpgroup.index), factor, partial.state, o);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4 * group_pieces; ++i) o[i] = partial.o[i];
   }
-  auto const row = [&](int sender, int half) {
-    int const place = band_place<Config>(shared.a, sender, index[half]);
-    float2 const sent = reinterpret_cast<float2 const*>(shared.rows(place))[thread / 4];
-    return SoftmaxRow{sent.x, sent.y};
-  };
-  float top[2];
+  // With the same warpgroup of the cluster's other blocks.
+  int const rank = warpgroup.rank();
+  if constexpr (cluster > 1) {
+    Task const& task = shared.task();
+    bool const has_keys = task.has_keys(rank);
+    cluster_wait_acquire();  // all blocks have started: their shared memory may be written to
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    top[half] = partial.state[half].max;
+    for (int owner = 0; owner < cluster; ++owner) {
+      if (owner == rank) {
 #pragma unroll
-    for (int sender = 0; sender < SmallTile::most_splits - 1; ++sender) {
-      if (sender < senders) top[half] = fmaxf(top[half], row(sender, half).max);
-    }
-    float const ratio = partial.state[half].raise(top[half], factor);
+        for (int i = 0; i < 4 * pieces; ++i) mine[i] = o[4 * pieces * owner + i];
+      } else if (has_keys) {
+        uint32_t const barrier = in_block(address_of(&shared.received(warpgroup.index)), owner);
+        char* const place = shared.from_block(warpgroup.index, rank < owner ? rank : rank - 1);
+        uint32_t const to = in_block(address_of(place), owner);
 #pragma unroll
-    for (int i = 0; i < Config::lane_vectors; ++i) {
-      float* const o = &partial.o[8 * i + 2 * half];
-      o[0] *= ratio;
-      o[1] *= ratio;
-      o[4] *= ratio;
-      o[5] *= ratio;
-    }
-  }
-#pragma unroll 1
-  for (int sender = 0; sender < senders; ++sender) {
-    float4 x[2][Config::lane_vectors];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const place = band_place<Config>(shared.a, sender, index[half]);
-      auto const* const sent = reinterpret_cast<float4 const*>(shared.output(place)) + thread;
-#pragma unroll
-      for (int i = 0; i < Config::lane_vectors; ++i) x[half][i] = sent[i * 32];
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      SoftmaxRow other = row(sender, half);
-      float const ratio = other.raise(top[half], factor);
-      partial.state[half].sum += other.sum;
-#pragma unroll
-      for (int i = 0; i < Config::lane_vectors; ++i) {
-        float* const o = &partial.o[8 * i + 2 * half];
-        o[0] += x[half][i].x * ratio;
-        o[1] += x[half][i].y * ratio;
-        o[4] += x[half][i].z * ratio;
-        o[5] += x[half][i].w * ratio;
+        for (int i = 0; i < pieces; ++i) {
+          send(to + i * Config::piece_bytes + thread * 16, barrier, piece(o, pieces * owner + i));
+        }
+        if (thread % 4 == 0) send(to + pieces * Config::piece_bytes + thread * 4, barrier, rows_of(partial.state));
       }
     }
+    wait_for_cluster(address_of(&shared.received(warpgroup.index)));
+    int const senders = task.senders(rank);
+#pragma unroll
+    for (int i = 0; i < cluster - 1; ++i) {
+      if (i < senders) merge<pieces>(shared.from_block(warpgroup.index, i), factor, partial.state, mine);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4 * pieces; ++i) mine[i] = o[i];
   }
 }
 
-// Merges the parts of the cluster, and writes the rows that are this block's to write.
+// Divides the part's columns by the rows' sums and writes them. Lanes of a quad exchange what they hold (a transpose of
+// 4 × 4 pairs), so that each writes 16 bytes, where a part has two pieces or more.
 template <class Config>
-__device__ __forceinline__ void finish(SmallArguments<typename Config::Score> const& a,
-                                       SmallMemory<Config> const& shared, Lane lane, Partial<Config>& partial) {
-  int rank;
-  JobPlace const job = this_job(a, rank);
-  bool const divided = a.splits > 1;
-  if (divided) {
-    cluster_wait_acquire();  // all blocks have started: their shared memory may be written to
-    if (shared.part().count > 0) send<Config>(shared, rank, lane, partial);
-    __syncwarp();
-    cluster_arrive_release();
-    cluster_wait_acquire();  // all have sent: from here on nobody writes to another block
-  }
-  bool mine[2] = {true, true};
-  if (divided) {
+__device__ __forceinline__ void write(SmallArguments<typename Config::Score> const& a, JobPlace const& job, Lane lane,
+                                      Warpgroup<Config> warpgroup, SoftmaxRow const (&state)[2],
+                                      float const (&mine)[4 * Config::pieces]) {
+  constexpr int pieces = Config::pieces;
+  int const t = threadIdx.x % 4;
+  int const first = (warpgroup.group() * Config::group_pieces + warpgroup.rank() * pieces) * 8;
+  OutputRow<Config> const row[2] = {{a, job, lane.row}, {a, job, lane.row + 8}};
+  float const factor[2] = {state[0].inverse_sum(), state[1].inverse_sum()};
+  if (warpgroup.part() == 0 && t == 0) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) mine[half] = band_of<Config>(a, lane, half).owner == rank;
-    if (mine[0] || mine[1]) merge<Config>(shared, rank, lane, a.score.factor, partial);
+    for (int half = 0; half < 2; ++half) {
+      if (row[half].lse != nullptr && row[half].present) *row[half].lse = state[half].lse(a.score.factor);
+    }
   }
+  auto const pair = [&](int half, int piece) {
+    float const* const x = &mine[4 * piece + 2 * half];
+    return Precision<typename Config::Element>::pack(x[0] * factor[half], x[1] * factor[half]);
+  };
+  if constexpr (pieces == 1) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (!mine[half]) continue;
-    SoftmaxRow const& state = partial.state[half];
-    OutputRow<Config> const row(a, job, lane.row + half * 8);
-    if (row.lse != nullptr && threadIdx.x % 4 == 0 && row.present) *row.lse = state.lse(a.score.factor);
-    write_row<Config>(row, half, a.p.head_dim, partial.o, state.inverse_sum());
+    for (int half = 0; half < 2; ++half) {
+      if (!row[half].present || first >= a.p.head_dim) continue;
+      *reinterpret_cast<uint32_t*>(row[half].out + first + t * 2) = pair(half, 0);
+    }
+  } else {
+    // Four words at a time: of two pieces both rows', or of four pieces one row's.
+#pragma unroll
+    for (int group = 0; group < pieces / 2; ++group) {
+      uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[j] = pieces == 2 ? pair(j / 2, j % 2) : pair(group % 2, group / 2 * 4 + j);
+#pragma unroll
+      for (int step = 1; step <= 2; step *= 2) {
+        bool const upper = t & step;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (j & step) continue;
+          uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + step], step);
+          (upper ? x[j] : x[j + step]) = got;
+        }
+      }
+      int const half = pieces == 2 ? t / 2 : group % 2;
+      int const column = first + (pieces == 2 ? t % 2 : group / 2 * 4 + t) * 8;
+      bool const present = half == 0 ? row[0].present : row[1].present;
+      auto* const out = half == 0 ? row[0].out : row[1].out;
+      if (present && column < a.p.head_dim) *reinterpret_cast<uint4*>(out + column) = uint4{x[0], x[1], x[2], x[3]};
+    }
   }
 }
 
@@ -410,38 +494,62 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
     small_kernel(__grid_constant__ SmallArguments<typename Config::Score> const a) {
   extern __shared__ __align__(1024) char memory[];
   SmallMemory<Config> const shared{memory, a};
-  // Everything up to wait_for_prerequisites() may run while the kernel before still works: it touches no array.
-  if (threadIdx.x < 2 * SmallTile::most_chunks) {
-    shared.barriers()[threadIdx.x].init(1);
+  // Everything up to wait_for_prerequisites() may run while the kernel before still works: it reads and writes no
+  // array.
+  if (threadIdx.x == 0) {
+    shared.full_queries().init(1);
+#pragma unroll
+    for (int group = 0; group < Config::key_groups; ++group) {
+#pragma unroll 1
+      for (int c = 0; c < a.chunks; ++c) {
+        shared.full_keys(group, c).init(1);
+        shared.full_values(group, c).init(1);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Config::tile.warpgroups(); ++i) shared.received(i).init(1);
     cutlass::arch::fence_barrier_init();
   }
-  if (threadIdx.x == 0) {
+  Task const task = this_task<Config>(a);
+  if (threadIdx.x == 32) shared.task() = task;
+  prefetch<Config>(a, task);
+  for (int row = threadIdx.x; row < Config::tile_q; row += Config::threads) {
+    shared.query(row) = task.job.first + row / a.pack;
+  }
+  if (threadIdx.x == 64) {
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&a.q));
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&a.k));
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&a.v));
   }
-  int rank;
-  JobPlace const job = this_job(a, rank);
-  if (threadIdx.x == 32) shared.part() = this_part(a, job, rank);
-  Lane const lane{static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4};
+  Warpgroup<Config> const warpgroup{
+      Config::tile.warpgroups() == 1 ? 0 : __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0)};
+  bool const leads = warpgroup.thread() == 0;
   __syncthreads();
-  bool const divided = a.splits > 1;
-  if (divided) cluster_arrive_relaxed();
-  launch_dependents();
+  if (Config::cluster > 1) {
+    if (leads) {
+      int const bytes = task.senders(warpgroup.rank()) * Config::tile.block_bytes();
+      shared.received(warpgroup.index).arrive_and_expect_tx(bytes);
+    }
+    cluster_arrive_relaxed();  // the fence above has made the barriers known
+  }
+  if (!a.alone) launch_dependents();
   wait_for_prerequisites();
 
-  if (threadIdx.x == 0) request<Config>(a, shared, job, shared.part());
+  if (leads && warpgroup.rows() == 0) request<Config>(a, shared, warpgroup);
   __syncwarp();
+  Lane const lane{warpgroup.rows() * 64 + warpgroup.thread() / 32 * 16 + warpgroup.thread() % 32 / 4};
   Partial<Config> partial;
-  attend<Config>(a, shared, job, lane, partial);
-  finish<Config>(a, shared, lane, partial);
+  attend<Config>(a, shared, warpgroup, lane, partial);
+  float mine[4 * Config::pieces];
+  exchange<Config>(shared, warpgroup, a.score.factor, partial, mine);
+  write<Config>(a, shared.task().job, lane, warpgroup, partial.state, mine);
 }
 
 template <class Config>
 void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   constexpr SmallTile tile = Config::tile;
-  int const chunks = plan.tile_k / Config::chunk, splits = plan.splits;
+  int const chunks = plan.tile_k / (Config::chunk * Config::key_groups);
   int const queries = Config::tile_q / plan.packed_heads, groups = p.heads_q / plan.packed_heads;
   int64_t const pack = plan.packed_heads;
   auto const keys = [&](Rows<const void*> const& rows) {
@@ -470,33 +578,36 @@ void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
        0.0f,
        0,
        Config::Score::make(p.scale, p.softcap)},
-      splits,
-      std::countr_zero(static_cast<unsigned>(splits)),
+      chunks,
       tile.values_at(chunks),
-      tile.output_at(chunks),
-      tile.rows_at(chunks, splits),
-      tile.state_at(chunks, splits)};
+      tile.received_at(chunks),
+      tile.barriers_at(chunks),
+      plan.blocks <= SmallTile::units};
 
   auto const kernel = small_kernel<Config>;
-  constexpr int most_shared_memory = 227 * 1024;  // the same for every plan: threads may launch different ones at once
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory),
-             "preparing the small sm90 kernel");
-  cuda_check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-      "preparing the small sm90 kernel");
+  static OncePerDevice prepare;
+  prepare([&] {
+    constexpr int most_shared_memory = 227 * 1024;  // the same for every plan
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory),
+               "preparing the small sm90 kernel");
+    cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "preparing the small sm90 kernel");
+  });
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(splits);
+  attributes[1].val.clusterDim.x = Config::cluster;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(splits) * groups, ceil_div(p.seqlen_q, queries), p.batch);
+  config.gridDim = dim3(static_cast<unsigned>(Config::cluster * groups), ceil_div(p.seqlen_q, queries),
+                        static_cast<unsigned>(p.batch));
   config.blockDim = dim3(Config::threads);
-  config.dynamicSmemBytes = static_cast<size_t>(tile.shared_memory(chunks, splits));
+  config.dynamicSmemBytes = static_cast<size_t>(tile.shared_memory(chunks));
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = splits > 1 ? 2 : 1;
+  config.numAttrs = Config::cluster > 1 ? 2 : 1;
   cuda_check(cudaLaunchKernelEx(&config, kernel, arguments), "launching the small sm90 kernel");
 }
 
