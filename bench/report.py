@@ -28,7 +28,6 @@ BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -
 OURS = "flashcore"
 BACKENDS = ("chosen by plan", "sm90", "sm80", "cpu")
 IN_RATES = ("forward", "forward_more", "varlen")  # every provider in the suite's unit; elsewhere in microseconds
-PLOTTED = ("forward", "grid")
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -60,8 +59,7 @@ def plots(reports: list[dict[str, Any]]) -> dict[str, str]:
 
 def _plot_of(report: dict[str, Any]) -> str:
     """Its file name, empty for a report that has no plot."""
-    drawn = report["suite"] in PLOTTED and any(not cell["problem"] for cell in report["cells"])
-    return pathlib.Path(report["file"]).with_suffix(".svg").name if drawn else ""
+    return pathlib.Path(report["file"]).with_suffix(".svg").name if plot.shown(report) else ""
 
 
 def section(report: dict[str, Any], others: list[dict[str, Any]]) -> str:
@@ -72,6 +70,8 @@ def section(report: dict[str, Any], others: list[dict[str, Any]]) -> str:
     ceiling = ""
     if "matmul_tflops" in report:
         ceiling = f" An 8192³ bfloat16 matmul reaches {report['matmul_tflops']:.0f} TFLOP/s in the same run."
+    if report["suite"] == "decode" and (memory := plot.memory_ceiling(report)):
+        ceiling = f" {memory[0].capitalize()} memory reaches {memory[1]:.2f} TB/s in the same run."
     if report["suite"] == "grid":
         what, table = "", _summary(report)
     elif report["suite"] == "cpu":
@@ -90,7 +90,7 @@ def section(report: dict[str, Any], others: list[dict[str, Any]]) -> str:
         "",
     ]
     if _plot_of(report):
-        lines += [f"![TFLOP/s against sequence length](bench/results/{_plot_of(report)})", ""]
+        lines += [f"![{plot.SHOWS[report['suite']]}](bench/results/{_plot_of(report)})", ""]
     lines += table
     means = report["geometric_means"]
     if means:
