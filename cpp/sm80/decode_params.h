@@ -3,6 +3,8 @@
 // of work.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "attention/cache.h"
 #include "attention/decode_schedule.h"
 #include "attention/decode_tile.h"
@@ -23,6 +25,9 @@ struct DecodeParams : KvCacheParams {
   float* part_out;    // (slots, part_rows, head_dim)
   float* part_lse;    // (slots, part_rows)
 };
+
+// Merges the parts of items that the decode kernel launched before has left in part_out and part_lse. Asynchronous.
+void merge_parts(DecodeParams const& params, DType dtype, cudaStream_t stream);
 
 // The units of all sequences, each lane of a warp having summed those of consecutive ones. All lanes call every member.
 struct LineScan {

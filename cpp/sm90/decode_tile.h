@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The shared memory of the Hopper decode kernel, as plan() and the kernel both count it.
+#pragma once
+
+#include "attention/portable.h"
+
+namespace flashcore {
+namespace {
+
+struct HopperDecodeTile {
+  int head_dim, slices;  // of 16 rows
+
+  static constexpr int warps = 4;         // of consumers, beside the producer's
+  static constexpr int warp_keys = 16;    // of a tile of 64 keys, each warp's own
+  static constexpr int most_stages = 8;   // tiles of keys on their way
+  static constexpr int most_cluster = 16;  // blocks that share an item
+  static constexpr int merged_rows = 4;   // rows that the warps merge at once
+
+  FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
+  // Keys or values of a tile, in panels of 64 columns.
+  FLASHCORE_HD constexpr int panels() const { return ceil_div(head_dim, 64); }
+  FLASHCORE_HD constexpr int kv_bytes() const { return panels() * 64 * 128; }
+  FLASHCORE_HD constexpr int stage_bytes() const { return 2 * kv_bytes(); }
+  FLASHCORE_HD constexpr int q_bytes() const { return rows() * head_dim * 2; }
+  // Rows are 8 floats longer than they need, so that the lanes of a warp that hold different rows write to different
+  // banks.
+  FLASHCORE_HD constexpr int merge_stride() const { return head_dim + 8; }
+  FLASHCORE_HD constexpr int merge_bytes() const { return warps * merged_rows * merge_stride() * 4; }
+  FLASHCORE_HD constexpr int state_bytes() const { return warps * rows() * 2 * 4; }
+  // What the other blocks of a cluster send: pieces of four floats, of each an equal share rounded up, and the rows'
+  // log-sum-exp.
+  FLASHCORE_HD constexpr int received_bytes() const { return (rows() * head_dim / 4 + most_cluster) * 16; }
+  FLASHCORE_HD constexpr int received_lse_bytes() const { return most_cluster * rows() * 4; }
+  static constexpr int most_posts = 2;   // items of the block that the consumers know of
+  static constexpr int barrier_bytes = most_stages * (3 * 8 + 4) + most_posts * (2 * 8 + 64);
+
+  // What comes before the stages, and behind them, in clusters only.
+  FLASHCORE_HD constexpr int head_bytes() const {
+    return (q_bytes() + merge_bytes() + state_bytes() + barrier_bytes + 1023) / 1024 * 1024;
+  }
+  FLASHCORE_HD constexpr int tail_bytes(bool cluster) const {
+    return cluster ? received_bytes() + received_lse_bytes() : 0;
+  }
+  FLASHCORE_HD constexpr int shared_memory(int stages, bool cluster) const {
+    return head_bytes() + stages * stage_bytes() + tail_bytes(cluster);
+  }
+  FLASHCORE_HD constexpr int stages_of(int shared_memory, bool cluster) const {
+    return min_of((shared_memory - head_bytes() - tail_bytes(cluster)) / stage_bytes(), most_stages);
+  }
+};
+
+}  // namespace
+}  // namespace flashcore
