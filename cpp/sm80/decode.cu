@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a plan to an instance of the decode kernel, and the kernel that merges the parts of its items.
+// From a plan to an instance of the decode kernel.
 #include "sm80/decode.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <array>
-#include <atomic>
-
-#include "attention/combine.h"
-#include "core/cuda_check.h"
 #include "flashcore/error.h"
 #include "sm80/decode_params.h"
 
@@ -24,11 +19,10 @@ void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t strea
 namespace {
 
 template <class Element>
-bool run(DecodeParams const& params, DType dtype, Plan const& plan, cudaStream_t stream) {
+bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
 #define FLASHCORE_SM80_DECODE(D, slices)                                \
   if (plan.head_dim == D && plan.tile_q == 16 * slices) {               \
     run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream); \
-    if (plan.workspace > 0) merge_parts(params, dtype, stream);             \
     return true;                                                        \
   }
 #include "sm80/decode_tiles.inc"
@@ -38,7 +32,7 @@ bool run(DecodeParams const& params, DType dtype, Plan const& plan, cudaStream_t
 
 }  // namespace
 
-void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream) {
+DecodeParams decode_params(const KvCacheParams& params, const Plan& plan, void* workspace) {
   DecodeParams p{};
   static_cast<KvCacheParams&>(p) = params;
   p.rows = params.group * params.seqlen_q;
@@ -46,7 +40,6 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   p.row_tiles = ceil_div(p.rows, p.tile_rows);
   p.schedule = {static_cast<int32_t>(plan.blocks), params.heads_k * p.row_tiles,
                 params.batch_invariant ? plan.splits : 0};
-  p.stages = DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   p.plain_score = plan.plain_score;
   p.score = CappedScore::make(params.scale, params.softcap);
   if (p.plain_score) p.score.factor = PlainScore::make(params.scale, params.softcap).factor;
@@ -56,9 +49,16 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
     p.part_out = static_cast<float*>(workspace);
     p.part_lse = p.part_out + slots * p.part_rows * p.head_dim;
   }
+  return p;
+}
+
+void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream) {
+  DecodeParams p = decode_params(params, plan, workspace);
+  p.stages = DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   auto const s = static_cast<cudaStream_t>(stream);
-  bool const found = dtype == float16 ? run<__half>(p, dtype, plan, s) : run<__nv_bfloat16>(p, dtype, plan, s);
+  bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
+  if (plan.workspace > 0) merge_parts(p, dtype, s);
 }
 
 }  // namespace flashcore::sm80

@@ -6,7 +6,7 @@
 // The four warps of a block divide every tile of 64 keys: each loads 16 keys and their values into a ring of its own
 // with cp.async, multiplies them with all rows, and has a softmax state and an output of its own. So a warp waits for
 // nobody while it walks over the keys; the four results are merged at the end of an item. Parts of items go to the
-// workspace in float32 and are merged by merge_kernel (decode.cu).
+// workspace in float32 and are merged by merge_kernel (decode_merge.cu).
 #pragma once
 
 #include <type_traits>

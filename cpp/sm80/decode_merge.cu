@@ -27,6 +27,7 @@ __device__ void store_rounded(__nv_bfloat16* to, float low, float high) {
 // 4, and so on. The grid has batch · heads_k · rows times ceil(head_dim / 128) blocks.
 template <class Element>
 __global__ void __launch_bounds__(32 * merge_warps) merge_kernel(__grid_constant__ DecodeParams const p) {
+  let_dependents_launch();
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_column = blockIdx.y * merge_columns;
   int const pair = blockIdx.x / p.rows, row = blockIdx.x - pair * p.rows;
   int const sequence = pair / p.heads_k, head_k = pair - sequence * p.heads_k;

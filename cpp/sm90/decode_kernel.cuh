@@ -622,4 +622,40 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit) decode
   }
 }
 
+template <class Config>
+void run_decode(sm80::DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
+  constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
+  bool const paged = p.page_table != nullptr;
+  int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
+  auto const cache = [&](Rows<void const*> const& rows) {
+    return tensor_map({rows.data,
+                       dtype,
+                       p.head_dim,
+                       {paged ? p.page_size : p.seqlen_k, 1, p.heads_k, paged ? p.pages : p.batch},
+                       {rows.row_stride, 0, rows.head_stride, rows.batch_stride},
+                       {box_rows, 1}});
+  };
+  int const cluster = HopperDecodeTile::clusters(plan.kernel) ? plan.splits : 1;
+  DecodeArguments const arguments{cache(p.k), cache(p.v), p, box_rows, cluster};
+
+  auto const kernel = decode_kernel<Config>;
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory),
+             "preparing the sm90 decode kernel");
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+             "preparing the sm90 decode kernel");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+  config.blockDim = dim3(Config::threads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_memory);
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, arguments), "launching the sm90 decode kernel");
+}
+
 }  // namespace flashcore::sm90

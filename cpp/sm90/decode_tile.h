@@ -2,6 +2,8 @@
 // The shared memory of the Hopper decode kernel, as plan() and the kernel both count it.
 #pragma once
 
+#include <string_view>
+
 #include "attention/portable.h"
 
 namespace flashcore {
@@ -15,6 +17,11 @@ struct HopperDecodeTile {
   static constexpr int most_stages = 8;   // tiles of keys on their way
   static constexpr int most_cluster = 16;  // blocks that share an item
   static constexpr int merged_rows = 4;   // rows that the warps merge at once
+
+  // The kernel's two ways to divide the keys, as plans name them: by the schedule, and among the blocks of clusters.
+  static constexpr char const* scheduled = "sm90_decode";
+  static constexpr char const* clustered = "sm90_decode_cluster";
+  static bool clusters(std::string_view kernel) { return kernel == clustered; }
 
   FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
   // Keys or values of a tile, in panels of 64 columns.
