@@ -1,115 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel that merges the parts of the decode kernels' items.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// The merge of the parts that the sm80 decode kernel's schedule makes.
+#include "sm80/decode_merge.cuh"
 
 #include <array>
 #include <atomic>
 
-#include "attention/combine.h"
-#include "core/cuda_check.h"
-#include "sm80/decode_params.h"
-
 namespace flashcore::sm80 {
 namespace {
 
-constexpr int merge_warps = 4;
-constexpr int merge_columns = 128;  // of a block: four a lane
-
-__device__ void store_rounded(__half* to, float low, float high) {
-  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(low, high);
-}
-__device__ void store_rounded(__nv_bfloat16* to, float low, float high) {
-  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(low, high);
-}
-
-// One block for a row of the output and 128 of its columns: merges its parts, if it has any, warp w taking parts w, w +
-// 4, and so on. The grid has batch · heads_k · rows times ceil(head_dim / 128) blocks.
-template <class Element>
-__global__ void __launch_bounds__(32 * merge_warps) merge_kernel(__grid_constant__ DecodeParams const p) {
-  let_dependents_launch();
-  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_column = blockIdx.y * merge_columns;
-  int const pair = blockIdx.x / p.rows, row = blockIdx.x - pair * p.rows;
-  int const sequence = pair / p.heads_k, head_k = pair - sequence * p.heads_k;
-  int const line = head_k * p.row_tiles + row / p.tile_rows;
-  LineScan const scan(p, lane);
-  int const units = p.schedule.item(p, sequence).units;
-  int64_t const first = scan.units_before(p, sequence) * p.schedule.lines + int64_t{line} * units;
-  DecodeSchedule::Parts const parts = p.schedule.parts(scan.total(p), first, units);
-  wait_for_primary();
-  if (parts.count == 1) return;
-
-  // 32 parts at once: lane l has the log-sum-exp of the l-th, each warp the columns of its eight, four a lane.
-  constexpr int parts_a_warp = 32 / merge_warps;
-  float4 x[parts_a_warp];
-  float lse;
-  auto const place = [&](int i) { return parts.slot_of(i) * p.part_rows + row % p.tile_rows; };
-  auto const load = [&](int base) {
-    lse = base + lane < parts.count ? __ldcg(p.part_lse + place(base + lane)) : minus_infinity();
-    int const column = first_column + lane * 4;
-#pragma unroll
-    for (int j = 0; j < parts_a_warp; ++j) {
-      int const i = base + warp + merge_warps * j;
-      x[j] = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (i < parts.count && column < p.head_dim) {
-        x[j] = __ldcg(reinterpret_cast<float4 const*>(p.part_out + place(i) * p.head_dim + column));
-      }
-    }
-  };
-  load(0);
-  float max_lse = minus_infinity();
-  auto const take = [&](float y) { max_lse = y > max_lse || y != y ? y : max_lse; };  // a NaN stays
-  take(lse);
-  for (int i = 32 + lane; i < parts.count; i += 32) take(__ldcg(p.part_lse + place(i)));
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) take(__shfl_xor_sync(0xffffffffu, max_lse, step));
-
-  float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-  float weights = 0.0f;
-  for (int base = 0;;) {
-    float const lane_weight = part_weight(lse, max_lse);
-#pragma unroll
-    for (int j = 0; j < parts_a_warp; ++j) {
-      float const weight = __shfl_sync(0xffffffffu, lane_weight, warp + merge_warps * j);
-      weights += weight;
-      sum.x += weight * x[j].x;
-      sum.y += weight * x[j].y;
-      sum.z += weight * x[j].z;
-      sum.w += weight * x[j].w;
-    }
-    base += 32;
-    if (base >= parts.count) break;
-    load(base);
+// The parts of an item, from the schedule.
+struct FindScheduled {
+  __device__ __forceinline__ DecodeSchedule::Parts operator()(DecodeParams const& p, int sequence, int line,
+                                                              int lane) const {
+    LineScan const scan(p, lane);
+    int const units = p.schedule.item(p, sequence).units;
+    int64_t const first = scan.units_before(p, sequence) * p.schedule.lines + int64_t{line} * units;
+    return p.schedule.parts(scan.total(p), first, units);
   }
-
-  __shared__ float4 warp_sum[merge_warps][32];
-  __shared__ float warp_weights[merge_warps];
-  warp_sum[warp][lane] = sum;
-  if (lane == 0) warp_weights[warp] = weights;
-  __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < merge_warps; ++w) total += warp_weights[w];
-  float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
-
-  int const token = row / p.group, head = head_k * p.group + (row - token * p.group);
-  int const column = first_column + threadIdx.x * 2;
-  if (threadIdx.x < merge_columns / 2 && column < p.head_dim) {
-    float2 y{0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < merge_warps; ++w) {
-      float2 const part = reinterpret_cast<float2 const*>(warp_sum[w])[threadIdx.x];
-      y.x += part.x;
-      y.y += part.y;
-    }
-    Element* const out =
-        static_cast<Element*>(p.o.data) + sequence * p.o.batch_stride + token * p.o.row_stride + head * p.o.head_stride;
-    store_rounded(out + column, y.x * inverse, y.y * inverse);
-  }
-  if (threadIdx.x == 0 && first_column == 0 && p.lse != nullptr) {
-    p.lse[(int64_t{sequence} * p.heads_q + head) * p.seqlen_q + token] = merged_lse(max_lse, total);
-  }
-}
+};
 
 // Whether this device runs code that was compiled for 9.0, which has the instructions of a dependent launch; elsewhere
 // (and where the driver compiles PTX of 8.0) the merge is an ordinary launch.
@@ -130,20 +38,7 @@ bool launches_dependents(Kernel kernel) {
 
 template <class Element>
 void merge(DecodeParams const& params, cudaStream_t stream) {
-  auto const kernel = merge_kernel<Element>;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(int64_t{params.batch} * params.heads_k * params.rows),
-                        static_cast<unsigned>(ceil_div(params.head_dim, merge_columns)));
-  config.blockDim = dim3(32 * merge_warps);
-  config.stream = stream;
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  if (launches_dependents(kernel)) {
-    config.attrs = &dependent;
-    config.numAttrs = 1;
-  }
-  cuda_check(cudaLaunchKernelEx(&config, kernel, params), "launching the merge of the decode kernel");
+  launch_merge<Element>(params, FindScheduled{}, launches_dependents(merge_kernel<Element, FindScheduled>), stream);
 }
 
 }  // namespace

@@ -90,15 +90,16 @@ struct DecodeRows {
   }
 
   // Takes away what a query does not see: `first` is the warp's first key, `first_row` the first row of the tile, and
-  // `here` says whether the keys exist.
-  __device__ __forceinline__ void hide(float (&s)[slices][2][4], Mask const& mask, int first, int first_row, int group,
-                                       bool here, int lane) const {
+  // `here` says whether the keys exist. token_of(r) is the token of row r of the key head.
+  template <class TokenOf>
+  __device__ __forceinline__ void hide(float (&s)[slices][2][4], Mask const& mask, int first, int first_row,
+                                       TokenOf token_of, bool here, int lane) const {
     first += lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < slices; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int const token = (first_row + lane / 4 + m * 16 + half * 8) / group;
+        int const token = token_of(first_row + lane / 4 + m * 16 + half * 8);
         int const first_key = mask.first_key(token) - first;
         int const end_key = here ? mask.end_key(token) - first : first_key;
 #pragma unroll
@@ -163,13 +164,15 @@ struct DecodeRows {
 };
 
 // Copies the new keys and values behind those in the cache, 16 bytes at a time, the whole grid together, `threads` of
-// each block. Nothing in this grid uses what is written: attention takes new rows from where they come from.
-template <class Element>
-__device__ __forceinline__ void append(DecodeParams const& p, int threads) {
-  int const chunks = p.head_dim / 8;
-  int64_t const count = int64_t{p.batch} * p.new_tokens * p.heads_k * chunks;
-  for (int64_t i = int64_t{blockIdx.x} * threads + threadIdx.x; i < count; i += int64_t{gridDim.x} * threads) {
-    int64_t const row = i / chunks, token_row = row / p.heads_k;
+// each block. Nothing in this grid uses what is written: attention takes new rows from where they come from. `Index`
+// holds all chunks' numbers and twice the grid's threads more.
+template <class Element, class Index = int64_t>
+__device__ __forceinline__ void append(KvCacheParams const& p, int threads) {
+  Index const chunks = p.head_dim / 8;
+  Index const count = Index(p.batch) * p.new_tokens * p.heads_k * chunks;
+#pragma unroll 1
+  for (Index i = Index(blockIdx.x) * threads + threadIdx.x; i < count; i += Index(gridDim.x) * threads) {
+    Index const row = i / chunks, token_row = row / p.heads_k;
     int const chunk = static_cast<int>(i - row * chunks), head = static_cast<int>(row - token_row * p.heads_k);
     int const b = static_cast<int>(token_row / p.new_tokens), token = static_cast<int>(token_row % p.new_tokens);
     CachePlace const place = cache_place(p, b, cached_keys(p, b) + token);

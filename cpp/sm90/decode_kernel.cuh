@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode kernel for compute capability 9.0: a few queries a sequence over a long cache, which is bound by reading
-// the cache. A producer warp keeps a ring of tiles of keys and values full through TMA, over the ends of items, and four
-// consumer warps multiply what has come. README.md beside this file tells how blocks share the keys and who merges.
+// the cache. A block has a part of the keys of one sequence and key head. Its producer warp keeps a ring of tiles of keys
+// and values full through TMA, and four consumer warps multiply what has come. README.md beside this file tells how the
+// keys are divided and who merges.
+//
+// Every instruction is fetched once a block, and at the end of a short part nothing hides that: loops that run once or
+// twice are not unrolled, and divisions are of 32 bits.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
+#include <bit>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <type_traits>
 
@@ -12,6 +17,7 @@
 #include "core/cuda_check.h"
 #include "flashcore/plan.h"
 #include "sm80/decode_rows.cuh"
+#include "sm90/decode_parts.cuh"
 #include "sm90/decode_tile.h"
 #include "sm90/tensor_map.h"
 
@@ -30,20 +36,24 @@ struct DecodeConfig {
   static constexpr int slices = slices_;  // of 16 rows
   static constexpr int rows = 16 * slices, warps = HopperDecodeTile::warps, consumers = 32 * warps;
   static constexpr int threads = consumers + 32;
-  static constexpr int tile_k = DecodeSchedule::tile_k, warp_keys = HopperDecodeTile::warp_keys;
+  static constexpr int tile_k = DecodeParts::tile_k, warp_keys = HopperDecodeTile::warp_keys;
   static_assert(tile_k == warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
 
   static constexpr int panels = tile.panels(), panel_bytes = tile_k * 128;
+  static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
   // Two blocks share a multiprocessor's registers where the accumulators are few.
   static constexpr int blocks_a_unit = head_dim * slices <= 128 ? 2 : 1;
-  static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
 };
 
 struct DecodeArguments {
-  CUtensorMap k, v;  // boxes of 64 columns × box_rows keys
+  CUtensorMap k, v;  // boxes of 64 columns × box_rows keys, or of all columns where box_panels is 1
   sm80::DecodeParams p;
-  int box_rows;  // 64, or a page's where that is less
-  int cluster;   // blocks that share an item and merge it themselves; 1: the schedule divides the work
+  DecodeParts parts;
+  Divisor group, row_tiles;  // of p
+  int log_box;               // of box_rows: 64, or a page's where that is less
+  int log_page;              // of p.page_size
+  int box_panels;   // boxes that bring a key's columns
+  int log_cluster;  // of the blocks that share an item and merge it themselves; 0: the work is divided into parts
 };
 
 // Keys or values in shared memory as TMA writes them with its 128-byte swizzle: panels of 64 columns, a row of a panel
@@ -60,7 +70,9 @@ struct PanelTile {
 
 // --- instructions ----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void consumers_sync(int threads) {
   asm volatile("barrier.cta.sync.aligned 1, %0;" ::"r"(threads) : "memory");
@@ -71,128 +83,95 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
   return result;
 }
-__device__ __forceinline__ void send(uint32_t address, float x) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+// Writes to another block's shared memory, whose barrier counts the bytes.
+__device__ __forceinline__ void send(uint32_t address, float x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+               "r"(__float_as_uint(x)), "r"(barrier)
+               : "memory");
 }
-__device__ __forceinline__ void send(uint32_t address, float4 x) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z),
-               "f"(x.w)
+__device__ __forceinline__ void send(uint32_t address, float4 x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address),
+               "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)),
+               "r"(__float_as_uint(x.w)), "r"(barrier)
                : "memory");
 }
 
-// --- the block's work ------------------------------------------------------------------------------------------------
+// --- the block's part ------------------------------------------------------------------------------------------------
 
-// What a block does, one after the other: of an item's tiles first, first + step, ... The producer's warp finds out, and
-// posts it for the consumers.
-struct DecodeTask {
-  int sequence;  // -1: there is no more
-  int head;      // of the keys
+// The item that a block works on, and which of its tiles: first, first + step, ...
+struct DecodePart {
+  int sequence, head;  // of the keys
   int first_row, valid_rows;
   int cached, keys;  // of the sequence in the cache, and with the new ones
   int first, count, step;
   int full_begin, full_end;  // tiles that all queries see whole
-  int64_t slot;              // of the result; -1: the output itself, or the cluster
+  int slot;                  // of the result; -1: the output itself, or the cluster
+  bool ahead;                // the first tile was asked for before the lengths were known
 };
-static_assert(sizeof(DecodeTask) <= 64);
+static_assert(sizeof(DecodePart) <= 64);
 
-// All lanes of a warp together.
+// The line (attention/decode_parts.h) of sequence `sequence`, but for lengths.
 template <class Config>
-class DecodeTasks {
- public:
-  __device__ __forceinline__ DecodeTasks(DecodeArguments const& a, int lane) {
-    sm80::DecodeParams const& p = a.p;
-    if (a.cluster > 1) {
-      int const item = blockIdx.x / a.cluster, rank = blockIdx.x - item * a.cluster;
-      int const sequence = item / p.schedule.lines;
-      DecodeSchedule::Item const tiles = p.schedule.item(p, sequence);
-      any = true;
-      set(p, sequence, item - sequence * p.schedule.lines);
-      task.first = tiles.begin + rank;
-      task.count = max_of(0, ceil_div(tiles.tiles - rank, a.cluster));
-      task.step = a.cluster;
-      task.slot = -1;
-      return;
-    }
-    sm80::LineScan const scan(p, lane);
-    int64_t const total = scan.total(p), active = p.schedule.active(total);
-    any = blockIdx.x < active;
-    if (!any) return;
-    int64_t const at = DecodeSchedule::start(total, active, blockIdx.x);
-    int64_t const end = DecodeSchedule::start(total, active, blockIdx.x + 1);
-    sm80::LineScan::Found const found = scan.find(p, at / p.schedule.lines);
-    walk = DecodeSchedule::Walk::make(p.schedule, p, at, end, found.sequence, found.before);
-    take(p);
-  }
+__device__ __forceinline__ DecodePart part_of_line(DecodeArguments const& a, int sequence, int line) {
+  DecodePart part;
+  part.sequence = sequence;
+  part.head = a.row_tiles.quotient(line);
+  part.first_row = (line - part.head * a.row_tiles.divisor) * Config::rows;
+  part.valid_rows = min_of(Config::rows, a.p.rows - part.first_row);
+  return part;
+}
 
-  __device__ __forceinline__ void next(DecodeArguments const& a) {
-    any = a.cluster == 1 && walk.next(a.p.schedule, a.p, part);
-    if (any) take(a.p);
-  }
-
-  bool any;
-  DecodeTask task;
-
- private:
-  DecodeSchedule::Walk walk;
-  DecodeSchedule::Part part;
-
-  __device__ __forceinline__ void set(sm80::DecodeParams const& p, int sequence, int line) {
-    task.sequence = sequence;
-    task.head = line / p.row_tiles;
-    task.first_row = (line - task.head * p.row_tiles) * Config::rows;
-    task.valid_rows = min_of(Config::rows, p.rows - task.first_row);
-    task.cached = cached_keys(p, sequence);
-    task.keys = task.cached + p.new_tokens;
-    KeyRange const range = cache_mask(p, task.keys).key_range(0, p.seqlen_q, Config::tile_k);
-    task.full_begin = range.full_begin;
-    task.full_end = range.full_end;
-  }
-  __device__ __forceinline__ void take(sm80::DecodeParams const& p) {
-    set(p, walk.sequence, walk.line);
-    part = walk.part(p.schedule, blockIdx.x);
-    task.first = part.begin;
-    task.count = part.end - part.begin;
-    task.step = 1;
-    task.slot = part.slot;
-  }
+// Where row `row` of a part's tile lies: the token, and the query head.
+struct RowPlace {
+  int token, head;
 };
+__device__ __forceinline__ RowPlace row_place(DecodeArguments const& a, DecodePart const& part, int row) {
+  int const token = a.group.quotient(part.first_row + row);
+  return {token, part.head * a.group.divisor + part.first_row + row - token * a.group.divisor};
+}
+// Its offset in an array of queries.
+template <class Pointer>
+__device__ __forceinline__ int64_t row_offset(Rows<Pointer> const& rows, int sequence, RowPlace const& place) {
+  return sequence * rows.batch_stride + place.token * rows.row_stride + place.head * rows.head_stride;
+}
 
 // --- shared memory ---------------------------------------------------------------------------------------------------
 
 template <class Config>
 struct DecodeMemory {
   static constexpr HopperDecodeTile tile = Config::tile;
+  static constexpr int most_stages = HopperDecodeTile::most_stages;
   char* base;
   int stages;
 
   __device__ __forceinline__ char* queries() const { return base; }
-  // (warps, merged_rows, merge_stride)
-  __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(queries() + tile.q_bytes()); }
   // (warps, rows), and as many sums behind them
-  __device__ __forceinline__ float* maxima() const { return outputs() + tile.merge_bytes() / 4; }
+  __device__ __forceinline__ float* maxima() const { return reinterpret_cast<float*>(base + tile.q_bytes()); }
   __device__ __forceinline__ float* sums() const { return maxima() + Config::warps * Config::rows; }
   __device__ __forceinline__ DecodeBarrier* full_keys() const {
-    return reinterpret_cast<DecodeBarrier*>(maxima() + tile.state_bytes() / 4);
+    return reinterpret_cast<DecodeBarrier*>(base + tile.q_bytes() + tile.state_bytes());
   }
-  __device__ __forceinline__ DecodeBarrier* full_values() const { return full_keys() + HopperDecodeTile::most_stages; }
-  __device__ __forceinline__ DecodeBarrier* empty() const { return full_keys() + 2 * HopperDecodeTile::most_stages; }
+  __device__ __forceinline__ DecodeBarrier* full_values() const { return full_keys() + most_stages; }
+  __device__ __forceinline__ DecodeBarrier* empty() const { return full_keys() + 2 * most_stages; }
+  __device__ __forceinline__ DecodeBarrier* received_all() const { return full_keys() + 3 * most_stages; }
+  __device__ __forceinline__ DecodePart& part() const { return *reinterpret_cast<DecodePart*>(received_all() + 2); }
   // A bit for each box of a stage whose page does not exist.
   __device__ __forceinline__ uint32_t* absent() const {
-    return reinterpret_cast<uint32_t*>(full_keys() + 3 * HopperDecodeTile::most_stages);
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64);
   }
-  __device__ __forceinline__ DecodeTask* posts() const {  // 64 bytes each
-    return reinterpret_cast<DecodeTask*>(absent() + HopperDecodeTile::most_stages);
-  }
-  __device__ __forceinline__ DecodeBarrier* full_post() const {
-    return reinterpret_cast<DecodeBarrier*>(reinterpret_cast<char*>(posts()) + HopperDecodeTile::most_posts * 64);
-  }
-  __device__ __forceinline__ DecodeBarrier* empty_post() const { return full_post() + HopperDecodeTile::most_posts; }
+
   __device__ __forceinline__ char* keys(int stage) const {
     return base + tile.head_bytes() + stage * Config::stage_bytes;
   }
   __device__ __forceinline__ char* values(int stage) const { return keys(stage) + Config::kv_bytes; }
-  // Of a cluster: (cluster, pieces of a block), and (cluster, rows)
-  __device__ __forceinline__ float4* received() const { return reinterpret_cast<float4*>(keys(stages)); }
+  // (warps, rows, merge_stride), when the stages have been read
+  __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(keys(0)); }
+  // Of a cluster: (pieces of this block, cluster), and (rows, cluster)
+  __device__ __forceinline__ float4* received() const {
+    constexpr int head_bytes = tile.head_bytes(), merge_bytes = tile.merge_bytes();
+    return reinterpret_cast<float4*>(base + head_bytes + max_of(stages * Config::stage_bytes, merge_bytes));
+  }
   __device__ __forceinline__ float* received_lse() const {
     return reinterpret_cast<float*>(received()) + tile.received_bytes() / 4;
   }
@@ -210,6 +189,10 @@ struct StagePlace {
   }
 };
 
+__device__ __forceinline__ uint32_t shared_address(void const* x) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(x));
+}
+
 // --- the producer ----------------------------------------------------------------------------------------------------
 
 // What TMA tells the L2 cache: nobody reads keys and values again.
@@ -218,12 +201,15 @@ struct StagePlace {
 #endif
 constexpr uint64_t read_once = READ_HINT;
 
-// One warp: asks for the block's tiles as the stages empty, each box by a lane.
+// One warp: finds out what the block's part is, leaves it to the consumers, and asks for its tiles as the stages empty,
+// each box by a lane.
 template <class Config>
 __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<Config> const& shared, int lane) {
   sm80::DecodeParams const& p = a.p;
   StagePlace place;
-  int const box_rows = a.box_rows, boxes = Config::tile_k / box_rows;
+  constexpr int log_tile = 6;
+  static_assert(Config::tile_k == 1 << log_tile);
+  int const box_rows = 1 << a.log_box, log_boxes = log_tile - a.log_box, boxes = 1 << log_boxes;
   // A box that is not there comes as zeros from behind the last page.
   int const nowhere = max_of(p.pages, 1);
   auto const load = [&](int row, int head, int block) {
@@ -238,101 +224,110 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     __syncwarp();
     if (lane < boxes) {
       int const at = block < 0 ? nowhere : block;
-      auto const copy = [&](CUtensorMap const& map, DecodeBarrier& full, char* to) {
-#pragma unroll
-        for (int panel = 0; panel < Config::panels; ++panel) {
-          cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), read_once,
-                                       to + panel * Config::panel_bytes + lane * box_rows * 128, panel * 64, row, 0,
-                                       head, at);
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        char* to = (i == 0 ? shared.keys(place.stage) : shared.values(place.stage)) + lane * box_rows * 128;
+#pragma unroll 1
+        for (int panel = 0; panel < a.box_panels; ++panel) {
+          cute::SM90_TMA_LOAD_5D::copy(i == 0 ? &a.k : &a.v, reinterpret_cast<uint64_t*>(i == 0 ? &full_keys : &full_values),
+                                       read_once, to, panel * 64, row, 0, head, at);
+          to += Config::panel_bytes;
         }
-      };
-      copy(a.k, full_keys, shared.keys(place.stage));
-      copy(a.v, full_values, shared.values(place.stage));
+      }
     }
     __syncwarp();
     place.advance(shared.stages);
   };
 
-  // A cluster's block knows its first tile without the length, unless a window or a page table says where it is: asked
-  // for ahead, it comes while the length does.
+  DecodePart part;
+  KeyRange range;
   bool ahead = false;
+  if (a.log_cluster > 0) {
+    int const item = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (item << a.log_cluster);
+    int const sequence = a.parts.lines.quotient(item);
+    part = part_of_line<Config>(a, sequence, item - sequence * a.parts.lines.divisor);
+    // The block knows its first tile without the length, unless a window or a page table says where it is: asked for
+    // ahead, it comes while the length does.
 #ifndef NO_AHEAD
-  if (a.cluster > 1 && p.page_table == nullptr && p.window_left >= unlimited) {
-    int const item = blockIdx.x / a.cluster, first = (blockIdx.x - item * a.cluster) * Config::tile_k;
-    int const sequence = item / p.schedule.lines;
-    ahead = first < p.seqlen_k;
-    if (ahead) load(first, (item - sequence * p.schedule.lines) / p.row_tiles, sequence);
-  }
+    ahead = p.page_table == nullptr && p.window_left >= unlimited && rank * Config::tile_k < p.seqlen_k;
 #endif
-
-  StagePlace post_place;
-  auto const post = [&](DecodeTask const& task) {
-    shared.empty_post()[post_place.stage].wait(post_place.phase ^ 1);
-    if (lane == 0) {
-      shared.posts()[post_place.stage] = task;
-      shared.full_post()[post_place.stage].arrive();
-    }
-    post_place.advance(HopperDecodeTile::most_posts);
-  };
-  DecodeTasks<Config> tasks(a, lane);
-  DECODE_MARK(10);
-#pragma unroll 1
-  for (; tasks.any; tasks.next(a)) {
-    DecodeTask const& task = tasks.task;
-    post(task);
-    int const head = task.head;
-    if (p.page_table == nullptr) {
-      if (ahead && task.count == 0) {  // in vain: nobody else waits for it
-        shared.full_keys()[0].wait(0);
-        shared.full_values()[0].wait(0);
-      }
-#pragma unroll 1
-      for (int i = ahead; i < task.count; ++i) load((task.first + i * task.step) * Config::tile_k, head, task.sequence);
-      continue;
-    }
-    // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
-    auto const pages_from = [&](int box) {
-      box += lane;
-      int const i = box / boxes;
-      int const key = (task.first + i * task.step) * Config::tile_k + (box - i * boxes) * box_rows;
-      return i < task.count && key < task.keys ? cache_place(p, task.sequence, key).block : -1;
-    };
-    int pages = pages_from(0), next_pages = pages_from(32);
-#pragma unroll 1
-    for (int i = 0, box = 0; i < task.count; ++i, box += boxes) {
-      if (box != 0 && box % 32 == 0) {
-        pages = next_pages;
-        next_pages = pages_from(box + 32);
-      }
-      int const block = __shfl_sync(0xffffffffu, pages, (box + lane) % 32);
-      int const row = (task.first + i * task.step) * Config::tile_k + (lane < boxes ? lane : 0) * box_rows;
-      load(row & (p.page_size - 1), head, block);
-    }
+    if (ahead) load(rank * Config::tile_k, part.head, sequence);
+    part.cached = cached_keys(p, sequence);
+    range = a.parts.range(p, part.cached + p.new_tokens);
+    part.step = 1 << a.log_cluster;
+    part.first = range.begin + rank;
+    part.count = (range.count() - rank + part.step - 1) >> a.log_cluster;
+    part.slot = -1;
+  } else {
+    FoundSequence const found = find_sequence(p, a.parts, blockIdx.x, -1, lane);
+    int const in_sequence = blockIdx.x - found.before;
+    int const line = static_cast<unsigned>(in_sequence) / static_cast<unsigned>(max_of(found.item.parts, 1));
+    int const index = in_sequence - line * found.item.parts;
+    part = part_of_line<Config>(a, found.sequence, line);
+    part.cached = found.cached;
+    range = found.range;
+    part.first = range.begin + index * found.item.part_tiles;
+    part.count = min_of(found.item.part_tiles, range.end - part.first);
+    part.step = 1;
+    part.slot = found.item.parts == 1 ? -1 : static_cast<int>(blockIdx.x);
   }
-  DecodeTask none{};
-  none.sequence = -1;
-  post(none);
+  part.ahead = ahead;
+  part.keys = part.cached + p.new_tokens;
+  part.full_begin = range.full_begin;
+  part.full_end = range.full_end;
+  if (lane == 0) shared.part() = part;
+  DECODE_MARK(10);
+  __syncthreads();  // the part is known
+  if (part.sequence < 0) return;
+
+  if (p.page_table == nullptr) {
+#pragma unroll 1
+    for (int i = ahead; i < part.count; ++i) {
+      load((part.first + i * part.step) * Config::tile_k, part.head, part.sequence);
+    }
+    return;
+  }
+  // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
+  auto const pages_from = [&](int box) {
+    box += lane;
+    int const i = box >> log_boxes;
+    int const key = (part.first + i * part.step) * Config::tile_k + (box - (i << log_boxes)) * box_rows;
+    if (i >= part.count || key >= part.keys) return -1;
+    int const page = p.page_table[part.sequence * p.page_table_stride + (key >> a.log_page)];
+    return page >= 0 && page < p.pages ? page : -1;
+  };
+  int pages = -1, next_pages = pages_from(0);
+#pragma unroll 1
+  for (int i = 0, box = 0; i < part.count; ++i, box += boxes) {
+    if (box % 32 == 0) {
+      pages = next_pages;
+      next_pages = pages_from(box + 32);
+    }
+    int const block = __shfl_sync(0xffffffffu, pages, (box + lane) % 32);
+    int const row = (part.first + i * part.step) * Config::tile_k + (lane < boxes ? lane : 0) * box_rows;
+    load(row & (p.page_size - 1), part.head, block);
+  }
 }
 
 // --- the consumers ---------------------------------------------------------------------------------------------------
 
-// Puts rows that TMA has not brought in place of what it has: row r of the warp's 16 is that of the new token
-// first + r; others from `count` on are cleared, where `clears`.
-template <class Config, bool clears>
-__device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void const*> const& appended, char* rows, int b,
-                                      int head, int begin, int first_token, int end, int lane) {
+// Puts rows that TMA has not brought in place of what it has: of the warp's 16, rows begin to end are new tokens, row r
+// being token first_token + r, and the rest, of values, is cleared.
+template <class Config>
+__device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void const*> const& appended, bool clears,
+                                      char* rows, DecodePart const& part, int begin, int end, int first_token,
+                                      int lane) {
   using Element = typename Config::Element;
-  int const chunks = p.head_dim / 8;
+  constexpr int chunks = Config::head_dim / 8;
 #pragma unroll 1
-  for (int i = begin * chunks + lane; i < Config::warp_keys * chunks; i += 32) {
-    int const row = i / chunks, chunk = i - row * chunks;
+  for (int i = begin * chunks + lane; i < (clears ? Config::warp_keys : end) * chunks; i += 32) {
+    int const row = i / chunks, chunk = i % chunks;
     uint4 x{0, 0, 0, 0};
-    if (row < end) {
-      x = __ldg(reinterpret_cast<uint4 const*>(static_cast<Element const*>(appended.data) + b * appended.batch_stride +
-                                               (first_token + row) * appended.row_stride + head * appended.head_stride +
-                                               chunk * 8));
-    } else if (!clears) {
-      break;
+    if (row < end && chunk * 8 < p.head_dim) {
+      x = __ldg(reinterpret_cast<uint4 const*>(static_cast<Element const*>(appended.data) +
+                                               part.sequence * appended.batch_stride +
+                                               (first_token + row) * appended.row_stride +
+                                               part.head * appended.head_stride + chunk * 8));
     }
     *reinterpret_cast<uint4*>(rows + PanelTile::offset(row, chunk)) = x;
   }
@@ -344,231 +339,222 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   using Element = typename Config::Element;
   using Queries = sm80::SharedTile<Config::head_dim>;
   constexpr int head_dim = Config::head_dim, slices = Config::slices, rows = Config::rows, tile_k = Config::tile_k;
-  constexpr int chunks = head_dim / 8, consumers = Config::consumers;
-  constexpr int merge_stride = Config::tile.merge_stride(), merged_rows = HopperDecodeTile::merged_rows;
+  constexpr int chunks = head_dim / 8, consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
   sm80::DecodeParams const& p = a.p;
+  DecodePart const& part = shared.part();
 
-  auto const address = [](void const* x) { return static_cast<uint32_t>(__cvta_generic_to_shared(x)); };
-  uint32_t const shared_q = address(shared.queries());
+  DECODE_MARK(2);
+  __syncthreads();  // the part is known
+  if (part.sequence < 0) {
+    if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
+    return;
+  }
+
+  uint32_t const shared_q = shared_address(shared.queries());
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * chunks; i += consumers) {
+    int const row = i / chunks, chunk = i % chunks;
+    Element const* const source = static_cast<Element const*>(p.q.data) +
+                                  row_offset(p.q, part.sequence, row_place(a, part, row)) + chunk * 8;
+    sm80::copy_async(shared_q + Queries::offset(row, chunk), source, row < part.valid_rows && chunk * 8 < p.head_dim);
+  }
+  if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
+  sm80::copy_commit();
+  sm80::copy_wait_all();
+  consumers_sync(consumers);  // the queries are here
+
   // This lane's rows of the operands, as in the forward kernel.
   uint32_t const from_q = shared_q + Queries::offset(lane % 16, lane / 16);
   uint32_t const lane_k = warp * Config::warp_keys * 128 + PanelTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   uint32_t const lane_v = warp * Config::warp_keys * 128 + PanelTile::offset(lane % 16, lane / 16);
-
+  sm80::DecodeRows<Element, head_dim, slices, PanelTile> work;
+  work.start(from_q);
   StagePlace place;
-  bool appended = p.new_tokens == 0;
-  StagePlace post_place;
-  DECODE_MARK(2);
+  int const count = part.count;
 #pragma unroll 1
-  for (;; post_place.advance(HopperDecodeTile::most_posts)) {
-    DecodeTask const& task = shared.posts()[post_place.stage];
-    shared.full_post()[post_place.stage].wait(post_place.phase);
-    if (task.sequence < 0) break;
-    int const first_row = task.first_row, cached = task.cached, keys = task.keys, count = task.count, step = task.step;
-    int const full_begin = task.full_begin, full_end = task.full_end;
-    int tile = task.first;
-
-    consumers_sync(consumers);  // all warps are done with the item before
-#pragma unroll 2
-    for (int i = threadIdx.x; i < rows * chunks; i += consumers) {
-      int const row = i / chunks, chunk = i % chunks;
-      int const token = (first_row + row) / p.group, in_group = first_row + row - token * p.group;
-      Element const* const source = static_cast<Element const*>(p.q.data) + task.sequence * p.q.batch_stride +
-                                    token * p.q.row_stride + (task.head * p.group + in_group) * p.q.head_stride + chunk * 8;
-      sm80::copy_async(shared_q + Queries::offset(row, chunk), source, row < task.valid_rows && chunk * 8 < p.head_dim);
-    }
-    sm80::copy_commit();
-    if (!appended) {
-      sm80::append<Element>(p, consumers);
-      appended = true;
-    }
-    sm80::copy_wait_all();
-    consumers_sync(consumers);  // the queries are here
-
-    sm80::DecodeRows<Element, head_dim, slices, PanelTile> work;
-    work.start(from_q);
-#pragma unroll 1
-    for (int i = 0; i < count; ++i, tile += step) {
-      int const first = tile * tile_k + warp * Config::warp_keys;
-      char* const stage_keys = shared.keys(place.stage);
-      shared.full_keys()[place.stage].wait(place.phase);
-      if (i == 0) DECODE_MARK(3);
-      if (i + 1 == count) DECODE_MARK(12);
-      bool const here = (shared.absent()[place.stage] >> (warp * Config::warp_keys / a.box_rows) & 1) == 0;
-      bool const patched = here && first + Config::warp_keys > cached;
-      int const patch_begin = clamp_to(cached - first, 0, Config::warp_keys);
-      int const patch_end = clamp_to(keys - first, 0, Config::warp_keys);
-      if (patched && p.new_tokens > 0) {
-        patch<Config, false>(p, p.new_k, stage_keys + warp * Config::warp_keys * 128, task.sequence, task.head, patch_begin,
-                             first - cached, patch_end, lane);
-        __syncwarp();
-      }
-
-      float s[slices][2][4];
-      uint32_t weights[slices][4];
-      work.scores(s, from_q, address(stage_keys) + lane_k);
-      if (!p.plain_score) work.transform(s, p.score);
-      if (!here || tile < full_begin || tile >= full_end) {  // keys that not all queries see
-        work.hide(s, cache_mask(p, keys), first, first_row, p.group, here, lane);
-      }
-      work.softmax(s, weights, p.score.factor);
-
-      shared.full_values()[place.stage].wait(place.phase);
-      if (patched) {
-        patch<Config, true>(p, p.new_v, shared.values(place.stage) + warp * Config::warp_keys * 128, task.sequence, task.head,
-                            patch_begin, first - cached, patch_end, lane);
-        cutlass::arch::fence_view_async_shared();  // before TMA writes there again
-        __syncwarp();
-      }
-      work.output(weights, address(stage_keys) + Config::kv_bytes + lane_v);
-      __syncwarp();  // all lanes are done with the stage
-      if (lane == 0) shared.empty()[place.stage].arrive();
-      place.advance(shared.stages);
+  for (int i = 0, tile = part.first; i < count; ++i, tile += part.step) {
+    int const first = tile * tile_k + warp * Config::warp_keys;
+    char* const stage_keys = shared.keys(place.stage);
+    shared.full_keys()[place.stage].wait(place.phase);
+    if (i == 0) DECODE_MARK(3);
+    if (i + 1 == count) DECODE_MARK(12);
+    bool const here = (shared.absent()[place.stage] >> (warp * Config::warp_keys >> a.log_box) & 1) == 0;
+    bool const patched = here && first + Config::warp_keys > part.cached;
+    auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile) {
+      patch<Config>(p, appended, clears, tile + warp * Config::warp_keys * 128, part,
+                    clamp_to(part.cached - first, 0, Config::warp_keys),
+                    clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
+    };
+    if (patched && p.new_tokens > 0) {
+      patch_with(p.new_k, false, stage_keys);
+      __syncwarp();
     }
 
-    DECODE_MARK(4);
-    // The warps' results become one: each scales its own by its weight over the sum of all.
-#pragma unroll
-    for (int m = 0; m < slices; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float const sum = sm80::sum_of_quad(work.state[m][half].sum);
-        int const row = lane / 4 + m * 16 + half * 8;
-        if (lane % 4 == 0) {
-          shared.maxima()[warp * rows + row] = work.state[m][half].max;
-          shared.sums()[warp * rows + row] = sum;
-        }
-      }
+    float s[slices][2][4];
+    uint32_t weights[slices][4];
+    work.scores(s, from_q, shared_address(stage_keys) + lane_k);
+    if (!p.plain_score) work.transform(s, p.score);
+    if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
+      work.hide(s, cache_mask(p, part.keys), first, part.first_row,
+                [&](int row) { return a.group.quotient(row); }, here, lane);
     }
-    consumers_sync(consumers);  // the states are there
-    if (a.cluster > 1) cluster_wait();  // all blocks run
-    DECODE_MARK(5);
-    int const sequence = task.sequence, head = task.head, valid_rows = task.valid_rows;
-    int64_t const slot = task.slot;
-    int const rank = a.cluster > 1 ? static_cast<int>(blockIdx.x % a.cluster) : 0;
-    int const row_pieces = p.head_dim / 4, pieces_a_block = ceil_div(valid_rows * row_pieces, a.cluster);
-#pragma unroll
-    for (int m = 0; m < slices; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int const row = m * 16 + half * 8 + lane / 4;
-        SoftmaxRow all;
-#pragma unroll
-        for (int w = 0; w < Config::warps; ++w) all.max = fmaxf(all.max, shared.maxima()[w * rows + row]);
-        float const top = all.max == minus_infinity() ? 0.0f : all.max;
-#pragma unroll
-        for (int w = 0; w < Config::warps; ++w) {
-          all.sum += exp2_of((shared.maxima()[w * rows + row] - top) * p.score.factor) * shared.sums()[w * rows + row];
-        }
-        float const weight = exp2_of((work.state[m][half].max - top) * p.score.factor) * all.inverse_sum();
-#pragma unroll
-        for (int n = 0; n < head_dim / 8; ++n) {
-          work.o[m][n][2 * half] *= weight;
-          work.o[m][n][2 * half + 1] *= weight;
-        }
-        if (warp == 0 && row < valid_rows) {
-          float const lse = all.lse(p.score.factor);
-          if (a.cluster > 1) {
-            uint32_t const at = address(shared.received_lse() + rank * rows + row);
-#pragma unroll 1
-            for (int block = lane % 4; block < a.cluster; block += 4) send(address_in(at, block), lse);
-          } else if (lane % 4 == 0 && slot >= 0) {
-            p.part_lse[slot * p.part_rows + row] = lse;
-          } else if (lane % 4 == 0 && p.lse != nullptr) {
-            int const token = (first_row + row) / p.group, in_group = first_row + row - token * p.group;
-            p.lse[(int64_t{sequence} * p.heads_q + head * p.group + in_group) * p.seqlen_q + token] = lse;
-          }
-        }
-      }
+    work.softmax(s, weights, p.score.factor);
+
+    shared.full_values()[place.stage].wait(place.phase);
+    if (patched) {
+      patch_with(p.new_v, true, shared.values(place.stage));
+      cutlass::arch::fence_view_async_shared();  // before TMA writes there again
+      __syncwarp();
     }
-#pragma unroll
-    for (int m = 0; m < slices; ++m) {
-#pragma unroll
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        int const pass_row = m * 16 + quarter * merged_rows, half = quarter / 2;
-        if (pass_row >= valid_rows) continue;
-        if (pass_row > 0) consumers_sync(consumers);  // the rows before have been read
-        if (lane / 16 == quarter % 2) {               // this lane has one of the rows
-          float* const to =
-              shared.outputs() + (warp * merged_rows + lane / 4 % merged_rows) * merge_stride + lane % 4 * 2;
-#pragma unroll
-          for (int n = 0; n < head_dim / 8; ++n) {
-            *reinterpret_cast<float2*>(to + n * 8) = {work.o[m][n][2 * half], work.o[m][n][2 * half + 1]};
-          }
-        }
-        consumers_sync(consumers);  // these rows' outputs are there
-#pragma unroll 1
-        for (int i = threadIdx.x; i < merged_rows * row_pieces; i += consumers) {
-          int const in_pass = i / row_pieces, piece = i - in_pass * row_pieces, row = pass_row + in_pass;
-          if (row >= valid_rows) break;
-          float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-          for (int w = 0; w < Config::warps; ++w) {
-            float4 const x = *reinterpret_cast<float4 const*>(shared.outputs() +
-                                                              (w * merged_rows + in_pass) * merge_stride + piece * 4);
-            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-          }
-          if (a.cluster > 1) {
-            int const index = row * row_pieces + piece, owner = index / pieces_a_block;
-            uint32_t const at =
-                address(shared.received() + rank * pieces_a_block + index - owner * pieces_a_block);
-            send(address_in(at, owner), sum);
-          } else if (slot >= 0) {
-            *reinterpret_cast<float4*>(p.part_out + (slot * p.part_rows + row) * p.head_dim + piece * 4) = sum;
-          } else {
-            int const token = (first_row + row) / p.group, in_group = first_row + row - token * p.group;
-            Element* const out = static_cast<Element*>(p.o.data) + sequence * p.o.batch_stride +
-                                 token * p.o.row_stride + (head * p.group + in_group) * p.o.head_stride + piece * 4;
-            using P = sm80::Precision<Element>;
-            *reinterpret_cast<uint2*>(out) = {P::pack(sum.x, sum.y), P::pack(sum.z, sum.w)};
-          }
-        }
-      }
-    }
-    __syncwarp();  // all lanes have read the post
-    if (lane == 0) shared.empty_post()[post_place.stage].arrive();
+    work.output(weights, shared_address(stage_keys) + Config::kv_bytes + lane_v);
+    __syncwarp();  // all lanes are done with the stage
+    if (lane == 0) shared.empty()[place.stage].arrive();
+    place.advance(shared.stages);
   }
-  if (!appended) sm80::append<Element>(p, consumers);
+  DECODE_MARK(4);
+  if (count <= 0 && part.ahead) {  // a tile was asked for in vain: it is to arrive before its place is used
+    shared.full_keys()[0].wait(0);
+    shared.full_values()[0].wait(0);
+  }
+
+  // The warps' results become one: each scales its own by its weight over the sum of all.
+  float* const maxima = shared.maxima() + warp * rows + lane / 4;
+#pragma unroll
+  for (int m = 0; m < slices; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const sum = sm80::sum_of_quad(work.state[m][half].sum);
+      if (lane % 4 == 0) {
+        maxima[m * 16 + half * 8] = work.state[m][half].max;
+        maxima[m * 16 + half * 8 + Config::warps * rows] = sum;
+      }
+    }
+  }
+  consumers_sync(consumers);  // the states are there, and nobody reads the stages any more
+  int const cluster = 1 << a.log_cluster, rank = blockIdx.x & (cluster - 1);
+  uint32_t const received_all = shared_address(shared.received_all());
+  if (a.log_cluster > 0) cluster_wait();  // all blocks run
+  DECODE_MARK(5);
+#pragma unroll
+  for (int m = 0; m < slices; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const row = m * 16 + half * 8 + lane / 4;
+      if (m * 16 + half * 8 >= part.valid_rows) continue;
+      SoftmaxRow all;
+#pragma unroll
+      for (int w = 0; w < Config::warps; ++w) all.max = fmaxf(all.max, shared.maxima()[w * rows + row]);
+      float const top = all.max == minus_infinity() ? 0.0f : all.max;
+#pragma unroll
+      for (int w = 0; w < Config::warps; ++w) {
+        all.sum += exp2_of((shared.maxima()[w * rows + row] - top) * p.score.factor) * shared.sums()[w * rows + row];
+      }
+      float const weight = exp2_of((work.state[m][half].max - top) * p.score.factor) * all.inverse_sum();
+      float* const to = shared.outputs() + (warp * rows + row) * merge_stride + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < head_dim / 8; ++n) {
+        float2 const pair{work.o[m][n][2 * half] * weight, work.o[m][n][2 * half + 1] * weight};
+        *reinterpret_cast<float2*>(to + n * 8) = pair;
+      }
+      if (warp == 0 && row < part.valid_rows) {
+        float const lse = all.lse(p.score.factor);
+        if (a.log_cluster > 0) {
+          uint32_t const at = shared_address(shared.received_lse() + row * cluster + rank);
+#pragma unroll 1
+          for (int block = lane % 4; block < cluster; block += 4) {
+            send(address_in(at, block), lse, address_in(received_all, block));
+          }
+        } else if (lane % 4 == 0 && part.slot >= 0) {
+          p.part_lse[int64_t{part.slot} * p.part_rows + row] = lse;
+        } else if (lane % 4 == 0 && p.lse != nullptr) {
+          RowPlace const at = row_place(a, part, row);
+          p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = lse;
+        }
+      }
+    }
+  }
+  consumers_sync(consumers);  // the outputs are there
+  constexpr int row_pieces = head_dim / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < part.valid_rows * row_pieces; i += consumers) {
+    int const row = i / row_pieces, piece = i % row_pieces;
+    if (piece * 4 >= p.head_dim) continue;
+    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < Config::warps; ++w) {
+      float4 const x =
+          *reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + piece * 4);
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    if (a.log_cluster > 0) {  // to the block that merges it, the pieces going round
+      int const owner = i & (cluster - 1);
+      uint32_t const at = shared_address(shared.received() + (i & ~(cluster - 1)) + rank);
+      send(address_in(at, owner), sum, address_in(received_all, owner));
+    } else if (part.slot >= 0) {
+      *reinterpret_cast<float4*>(p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + piece * 4) = sum;
+    } else {
+      Element* const out = static_cast<Element*>(p.o.data) +
+                           row_offset(p.o, part.sequence, row_place(a, part, row)) + piece * 4;
+      using P = sm80::Precision<Element>;
+      *reinterpret_cast<uint2*>(out) = {P::pack(sum.x, sum.y), P::pack(sum.z, sum.w)};
+    }
+  }
+  DECODE_MARK(6);
 }
 
-// After the cluster's second barrier: this block's pieces of the item's rows, from all blocks in order.
+// Pieces of this block, of `valid_rows` rows whose every one has `pieces`, of which p.head_dim / 4 are sent.
+template <class Config>
+__device__ __forceinline__ int received_pieces(sm80::DecodeParams const& p, int valid_rows, int cluster, int rank) {
+  constexpr int row_pieces = Config::head_dim / 4;
+  int count = 0;
+  if (p.head_dim == Config::head_dim) {
+    count = (valid_rows * row_pieces - rank + cluster - 1) / cluster;
+  } else {
+    for (int i = rank; i < valid_rows * row_pieces; i += cluster) count += i % row_pieces * 4 < p.head_dim;
+  }
+  return count;
+}
+
+// This block's pieces of the item's rows, when all blocks of the cluster have sent theirs, merged in their order.
 template <class Config>
 __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared) {
   using Element = typename Config::Element;
   sm80::DecodeParams const& p = a.p;
-  int const item = blockIdx.x / a.cluster, rank = blockIdx.x - item * a.cluster;
-  int const sequence = item / p.schedule.lines, line = item - sequence * p.schedule.lines;
-  int const head = line / p.row_tiles, first_row = (line - head * p.row_tiles) * Config::rows;
-  int const valid_rows = min_of(Config::rows, p.rows - first_row);
-  int const row_pieces = p.head_dim / 4, pieces_a_block = ceil_div(valid_rows * row_pieces, a.cluster);
-  for (int i = threadIdx.x; i < pieces_a_block; i += Config::threads) {
-    int const index = rank * pieces_a_block + i, row = index / row_pieces, piece = index - row * row_pieces;
-    if (row >= valid_rows) break;
+  DecodePart const& part = shared.part();
+  constexpr int row_pieces = Config::head_dim / 4;
+  int const cluster = 1 << a.log_cluster, rank = blockIdx.x & (cluster - 1);
+  shared.received_all()->wait(0);
+  DECODE_MARK(7);
+#pragma unroll 1
+  for (int i = threadIdx.x << a.log_cluster | rank; i < part.valid_rows * row_pieces;
+       i += Config::consumers << a.log_cluster) {
+    int const row = i / row_pieces, piece = i % row_pieces;
+    if (piece * 4 >= p.head_dim) continue;
+    float const* const lses = shared.received_lse() + row * cluster;
+    float4 const* const pieces = shared.received() + i - rank;
     float max_lse = minus_infinity();
 #pragma unroll 4
-    for (int b = 0; b < a.cluster; ++b) {
-      float const lse = shared.received_lse()[b * Config::rows + row];
+    for (int b = 0; b < cluster; ++b) {
+      float const lse = lses[b];
       max_lse = lse > max_lse || lse != lse ? lse : max_lse;  // a NaN stays
     }
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
     float total = 0.0f;
 #pragma unroll 4
-    for (int b = 0; b < a.cluster; ++b) {
-      float const weight = part_weight(shared.received_lse()[b * Config::rows + row], max_lse);
-      float4 const x = shared.received()[b * pieces_a_block + i];
+    for (int b = 0; b < cluster; ++b) {
+      float const weight = part_weight(lses[b], max_lse);
+      float4 const x = pieces[b];
       total += weight;
       sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
     }
     float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    int const token = (first_row + row) / p.group, in_group = first_row + row - token * p.group;
-    int const head_q = head * p.group + in_group;
-    Element* const out = static_cast<Element*>(p.o.data) + sequence * p.o.batch_stride + token * p.o.row_stride +
-                         head_q * p.o.head_stride + piece * 4;
+    RowPlace const at = row_place(a, part, row);
+    Element* const out = static_cast<Element*>(p.o.data) + row_offset(p.o, part.sequence, at) + piece * 4;
     using P = sm80::Precision<Element>;
     *reinterpret_cast<uint2*>(out) = {P::pack(sum.x * inverse, sum.y * inverse),
                                       P::pack(sum.z * inverse, sum.w * inverse)};
     if (piece == 0 && p.lse != nullptr) {
-      p.lse[(int64_t{sequence} * p.heads_q + head_q) * p.seqlen_q + token] = merged_lse(max_lse, total);
+      p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = merged_lse(max_lse, total);
     }
   }
 }
@@ -576,73 +562,97 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 template <class Config>
-__global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit) decode_kernel(__grid_constant__ DecodeArguments const a) {
+__global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
+    decode_kernel(__grid_constant__ DecodeArguments const a) {
   extern __shared__ __align__(1024) char memory[];
   DecodeMemory<Config> const shared{memory, a.p.stages};
   DECODE_MARK(0);
-  sm80::let_dependents_launch();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < a.p.stages; ++i) {
-      shared.full_keys()[i].init(1);
-      shared.full_values()[i].init(1);
-      shared.empty()[i].init(Config::warps);
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == Config::warps) {
+    if (lane < a.p.stages) {
+      shared.full_keys()[lane].init(1);
+      shared.full_values()[lane].init(1);
+      shared.empty()[lane].init(Config::warps);
     }
-    for (int i = 0; i < HopperDecodeTile::most_posts; ++i) {
-      shared.full_post()[i].init(1);
-      shared.empty_post()[i].init(Config::warps);
+    if (lane == 0 && a.log_cluster > 0) {
+      int const cluster = 1 << a.log_cluster, item = blockIdx.x >> a.log_cluster;
+      int const valid_rows = part_of_line<Config>(a, 0, item - a.parts.lines.quotient(item) * a.parts.lines.divisor).valid_rows;
+      shared.received_all()->init(1);
+      shared.received_all()->arrive_and_expect_tx(
+          cluster * (16 * received_pieces<Config>(a.p, valid_rows, cluster, blockIdx.x & (cluster - 1)) +
+                     4 * valid_rows));
     }
     cutlass::arch::fence_barrier_init();
+    __syncwarp();
   }
-  if (threadIdx.x == Config::consumers) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&a.k) : "memory");
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&a.v) : "memory");
-  }
-  __syncthreads();
-  if (a.cluster > 1) cluster_arrive();
+  if (a.log_cluster > 0) cluster_arrive();
   sm80::wait_for_primary();
+  sm80::let_dependents_launch();
   DECODE_MARK(1);
 
-  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == Config::warps) {
     DECODE_MARK(9);
     produce<Config>(a, shared, lane);
     DECODE_MARK(11);
-    if (a.cluster > 1) cluster_wait();
+    if (a.log_cluster > 0) cluster_wait();
   } else {
     consume<Config>(a, shared, warp, lane);
-  }
-  if (a.cluster > 1) {
-    __syncwarp();
-    DECODE_MARK(6);
-    cluster_arrive();
-    cluster_wait();  // all have sent
-    DECODE_MARK(7);
-    merge_cluster<Config>(a, shared);
+    if (a.log_cluster > 0) merge_cluster<Config>(a, shared);
     DECODE_MARK(8);
   }
 }
 
+// The parts of an item, for the merge.
+struct FindParts {
+  DecodeParts parts;
+
+  struct List {
+    int first, count;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i; }
+  };
+  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
+    FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
+    return {found.before + line * found.item.parts, found.item.parts};
+  }
+};
+
 template <class Config>
-void run_decode(sm80::DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
+void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan const& plan, cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const paged = p.page_table != nullptr;
   int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
+  // One box brings all columns where they are whole panels, and a tile's keys lie in one page.
+  bool const whole = p.head_dim == 64 * Config::panels && box_rows == Config::tile_k;
   auto const cache = [&](Rows<void const*> const& rows) {
     return tensor_map({rows.data,
                        dtype,
-                       p.head_dim,
-                       {paged ? p.page_size : p.seqlen_k, 1, p.heads_k, paged ? p.pages : p.batch},
-                       {rows.row_stride, 0, rows.head_stride, rows.batch_stride},
-                       {box_rows, 1}});
+                       whole ? 64 : p.head_dim,
+                       {paged ? p.page_size : p.seqlen_k, whole ? Config::panels : 1, p.heads_k,
+                        paged ? p.pages : p.batch},
+                       {rows.row_stride, 64, rows.head_stride, rows.batch_stride},
+                       {box_rows, whole ? Config::panels : 1}});
   };
-  int const cluster = HopperDecodeTile::clusters(plan.kernel) ? plan.splits : 1;
-  DecodeArguments const arguments{cache(p.k), cache(p.v), p, box_rows, cluster};
+  bool const clusters = HopperDecodeTile::clusters(plan.kernel);
+  int const log_cluster = clusters ? std::countr_zero(static_cast<unsigned>(plan.splits)) : 0;
+  auto const log2_of_power = [](int x) { return std::countr_zero(static_cast<unsigned>(x)); };
+  DecodeArguments const arguments{cache(p.k),
+                                  cache(p.v),
+                                  p,
+                                  parts,
+                                  Divisor::of(p.group),
+                                  Divisor::of(p.row_tiles),
+                                  log2_of_power(box_rows),
+                                  paged ? log2_of_power(p.page_size) : 0,
+                                  whole ? 1 : Config::panels,
+                                  log_cluster};
 
   auto const kernel = decode_kernel<Config>;
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory),
-             "preparing the sm90 decode kernel");
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-             "preparing the sm90 decode kernel");
+  char const* const preparing = "preparing the sm90 decode kernel";
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory), preparing);
+  cuda_check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      preparing);
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), preparing);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(Config::threads);
@@ -652,9 +662,9 @@ void run_decode(sm80::DecodeParams const& p, Plan const& plan, cudaStream_t stre
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].val.clusterDim = {1u << log_cluster, 1, 1};
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.numAttrs = clusters ? 2 : 1;
   cuda_check(cudaLaunchKernelEx(&config, kernel, arguments), "launching the sm90 decode kernel");
 }
 

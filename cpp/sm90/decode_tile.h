@@ -12,16 +12,16 @@ namespace {
 struct HopperDecodeTile {
   int head_dim, slices;  // of 16 rows
 
-  static constexpr int warps = 4;         // of consumers, beside the producer's
-  static constexpr int warp_keys = 16;    // of a tile of 64 keys, each warp's own
-  static constexpr int most_stages = 8;   // tiles of keys on their way
+  static constexpr int warps = 4;          // of consumers, beside the producer's
+  static constexpr int warp_keys = 16;     // of a tile of 64 keys, each warp's own
+  static constexpr int most_stages = 8;    // tiles of keys on their way
   static constexpr int most_cluster = 16;  // blocks that share an item
-  static constexpr int merged_rows = 4;   // rows that the warps merge at once
 
-  // The kernel's two ways to divide the keys, as plans name them: by the schedule, and among the blocks of clusters.
-  static constexpr char const* scheduled = "sm90_decode";
-  static constexpr char const* clustered = "sm90_decode_cluster";
-  static bool clusters(std::string_view kernel) { return kernel == clustered; }
+  // The kernel's two ways to divide the keys, as plans name them: in parts by their lengths, and among the blocks of
+  // clusters.
+  static constexpr char const* in_parts = "sm90_decode";
+  static constexpr char const* in_clusters = "sm90_decode_cluster";
+  static bool clusters(std::string_view kernel) { return kernel == in_clusters; }
 
   FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
   // Keys or values of a tile, in panels of 64 columns.
@@ -29,27 +29,26 @@ struct HopperDecodeTile {
   FLASHCORE_HD constexpr int kv_bytes() const { return panels() * 64 * 128; }
   FLASHCORE_HD constexpr int stage_bytes() const { return 2 * kv_bytes(); }
   FLASHCORE_HD constexpr int q_bytes() const { return rows() * head_dim * 2; }
-  // Rows are 8 floats longer than they need, so that the lanes of a warp that hold different rows write to different
-  // banks.
-  FLASHCORE_HD constexpr int merge_stride() const { return head_dim + 8; }
-  FLASHCORE_HD constexpr int merge_bytes() const { return warps * merged_rows * merge_stride() * 4; }
   FLASHCORE_HD constexpr int state_bytes() const { return warps * rows() * 2 * 4; }
-  // What the other blocks of a cluster send: pieces of four floats, of each an equal share rounded up, and the rows'
-  // log-sum-exp.
-  FLASHCORE_HD constexpr int received_bytes() const { return (rows() * head_dim / 4 + most_cluster) * 16; }
+  // Barriers, which boxes are absent, the block's part.
+  static constexpr int control_bytes = 2 * most_stages * 8 + 2 * 8 + most_stages * (8 + 4) + 64;
+  // All warps' outputs in float32, in the stages' place when these have been read. Rows are 8 floats longer than they
+  // need, so that the lanes of a warp that hold different rows write to different banks.
+  FLASHCORE_HD constexpr int merge_stride() const { return head_dim + 8; }
+  FLASHCORE_HD constexpr int merge_bytes() const { return warps * rows() * merge_stride() * 4; }
+  // What the blocks of a cluster send: pieces of four floats, and the rows' log-sum-exp.
+  FLASHCORE_HD constexpr int received_bytes() const { return rows() * head_dim * 4 + most_cluster * 16; }
   FLASHCORE_HD constexpr int received_lse_bytes() const { return most_cluster * rows() * 4; }
-  static constexpr int most_posts = 2;   // items of the block that the consumers know of
-  static constexpr int barrier_bytes = most_stages * (3 * 8 + 4) + most_posts * (2 * 8 + 64);
 
   // What comes before the stages, and behind them, in clusters only.
   FLASHCORE_HD constexpr int head_bytes() const {
-    return (q_bytes() + merge_bytes() + state_bytes() + barrier_bytes + 1023) / 1024 * 1024;
+    return (q_bytes() + state_bytes() + control_bytes + 1023) / 1024 * 1024;
   }
   FLASHCORE_HD constexpr int tail_bytes(bool cluster) const {
     return cluster ? received_bytes() + received_lse_bytes() : 0;
   }
   FLASHCORE_HD constexpr int shared_memory(int stages, bool cluster) const {
-    return head_bytes() + stages * stage_bytes() + tail_bytes(cluster);
+    return head_bytes() + max_of(stages * stage_bytes(), merge_bytes()) + tail_bytes(cluster);
   }
   FLASHCORE_HD constexpr int stages_of(int shared_memory, bool cluster) const {
     return min_of((shared_memory - head_bytes() - tail_bytes(cluster)) / stage_bytes(), most_stages);
