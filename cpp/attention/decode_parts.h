@@ -42,10 +42,8 @@ struct DecodeParts {
   static constexpr int tile_k = DecodeSchedule::tile_k;
 
   Divisor lines;  // items of a sequence: key heads times tiles of rows
-  // Parts that all items together are divided into, beyond one each: more where the lengths leave remainders, fewer
-  // where parts would be shorter than least_tiles.
+  // Parts that all items together are divided into, beyond one each: more where the lengths leave remainders.
   Divisor aimed;
-  int32_t least_tiles;
   int32_t most_parts;  // of an item, batch_invariant: then its own length alone decides; else 0
   Divisor most;        // the same
 
@@ -56,7 +54,7 @@ struct DecodeParts {
 
   // Tiles of a part, where the items of one line together have `total`. No more parts than items + aimed come of it.
   FLASHCORE_HD int part_tiles(int total) const {
-    return max_of(aimed.quotient(total * lines.divisor + aimed.divisor - 1), least_tiles);
+    return max_of(aimed.quotient(total * lines.divisor + aimed.divisor - 1), 1);
   }
 
   // How an item's tiles fall into parts of part_tiles each but for the last; an item without keys is one empty part, so

@@ -38,47 +38,40 @@ __global__ void __launch_bounds__(32 * merge_warps)
   wait_for_primary();
   if (parts.count == 1) return;
 
-  // 32 parts at once: lane l has the log-sum-exp of the l-th, each warp the columns of its eight, four a lane.
+  // 32 parts at a time: lane l has the log-sum-exp of the l-th, each warp the columns of its eight, four a lane. A larger
+  // one among later parts than before shrinks what has been summed.
   constexpr int parts_a_warp = 32 / merge_warps;
-  float4 x[parts_a_warp];
-  float lse;
-  auto const place = [&](int i) { return parts.slot_of(i) * p.part_rows + row % p.tile_rows; };
-  auto const load = [&](int base) {
-    lse = base + lane < parts.count ? __ldcg(p.part_lse + place(base + lane)) : minus_infinity();
-    int const column = first_column + lane * 4;
+  int const lane_column = first_column + lane * 4;
+  float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+  float weights = 0.0f, max_lse = minus_infinity();
+#pragma unroll 1
+  for (int base = 0; base < parts.count; base += 32) {
+    auto const place = [&](int i) { return parts.slot_of(base + i) * p.part_rows + row % p.tile_rows; };
+    float const lse = base + lane < parts.count ? __ldcg(p.part_lse + place(lane)) : minus_infinity();
+    float4 x[parts_a_warp];
 #pragma unroll
     for (int j = 0; j < parts_a_warp; ++j) {
-      int const i = base + warp + merge_warps * j;
+      int const i = warp + merge_warps * j;
       x[j] = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (i < parts.count && column < p.head_dim) {
-        x[j] = __ldcg(reinterpret_cast<float4 const*>(p.part_out + place(i) * p.head_dim + column));
+      if (base + i < parts.count && lane_column < p.head_dim) {
+        x[j] = __ldcg(reinterpret_cast<float4 const*>(p.part_out + place(i) * p.head_dim + lane_column));
       }
     }
-  };
-  load(0);
-  float max_lse = minus_infinity();
-  auto const take = [&](float y) { max_lse = y > max_lse || y != y ? y : max_lse; };  // a NaN stays
-  take(lse);
-  for (int i = 32 + lane; i < parts.count; i += 32) take(__ldcg(p.part_lse + place(i)));
+    float top = lse;
+    auto const take = [&](float y) { top = y > top || y != y ? y : top; };  // a NaN stays
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) take(__shfl_xor_sync(0xffffffffu, max_lse, step));
-
-  float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-  float weights = 0.0f;
-  for (int base = 0;;) {
-    float const lane_weight = part_weight(lse, max_lse);
+    for (int step = 16; step > 0; step /= 2) take(__shfl_xor_sync(0xffffffffu, top, step));
+    take(max_lse);
+    float const shrunk = part_weight(max_lse, top), lane_weight = part_weight(lse, top);
+    max_lse = top;
+    weights *= shrunk;
+    sum.x *= shrunk, sum.y *= shrunk, sum.z *= shrunk, sum.w *= shrunk;
 #pragma unroll
     for (int j = 0; j < parts_a_warp; ++j) {
       float const weight = __shfl_sync(0xffffffffu, lane_weight, warp + merge_warps * j);
       weights += weight;
-      sum.x += weight * x[j].x;
-      sum.y += weight * x[j].y;
-      sum.z += weight * x[j].z;
-      sum.w += weight * x[j].w;
+      sum.x += weight * x[j].x, sum.y += weight * x[j].y, sum.z += weight * x[j].z, sum.w += weight * x[j].w;
     }
-    base += 32;
-    if (base >= parts.count) break;
-    load(base);
   }
 
   __shared__ float4 warp_sum[merge_warps][32];

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a plan to an instance of the Hopper decode kernel.
+// From a plan to an instance of the Hopper decode kernel, and the merge of the parts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <string_view>
-
 #include "flashcore/error.h"
-#include "sm80/decode_params.h"
+#include "sm80/decode_merge.cuh"
+#include "sm90/decode_parts.cuh"
 #include "sm90/decode_tile.h"
 #include "sm90/sm90.h"
 
@@ -16,20 +15,42 @@ namespace flashcore::sm90 {
 template <class Element, int head_dim, int slices>
 struct DecodeConfig;
 template <class Config>
-void run_decode(sm80::DecodeParams const& params, Plan const& plan, cudaStream_t stream);
+void run_decode(sm80::DecodeParams const& params, DecodeParts const& parts, Plan const& plan, cudaStream_t stream);
 
 namespace {
 
 template <class Element>
-bool run(sm80::DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_DECODE(D, slices)                                \
-  if (plan.head_dim == D && plan.tile_q == 16 * slices) {               \
-    run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream); \
-    return true;                                                        \
+bool run(sm80::DecodeParams const& params, DecodeParts const& parts, Plan const& plan, cudaStream_t stream) {
+#define FLASHCORE_SM90_DECODE(D, slices)                                       \
+  if (plan.head_dim == D && plan.tile_q == 16 * slices) {                      \
+    run_decode<DecodeConfig<Element, D, slices>>(params, parts, plan, stream); \
+    return true;                                                               \
   }
 #include "sm90/decode_tiles.inc"
 #undef FLASHCORE_SM90_DECODE
   return false;
+}
+
+// The parts of an item.
+struct FindParts {
+  DecodeParts parts;
+
+  struct List {
+    int first, count;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i; }
+  };
+  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
+    FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
+    return {found.before + line * found.item.parts, found.item.parts};
+  }
+};
+
+void merge_parts(sm80::DecodeParams const& params, DecodeParts const& parts, DType dtype, cudaStream_t stream) {
+  if (dtype == float16) {
+    sm80::launch_merge<__half>(params, FindParts{parts}, true, stream);
+  } else {
+    sm80::launch_merge<__nv_bfloat16>(params, FindParts{parts}, true, stream);
+  }
 }
 
 }  // namespace
@@ -38,10 +59,13 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   sm80::DecodeParams p = sm80::decode_params(params, plan, workspace);
   HopperDecodeTile const tile{plan.head_dim, plan.tile_q / 16};
   p.stages = tile.stages_of(plan.shared_memory, HopperDecodeTile::clusters(plan.kernel));
+  int const lines = p.heads_k * p.row_tiles, most = p.batch_invariant ? plan.splits : 0;
+  int const aimed = static_cast<int>(plan.blocks) - p.batch * lines;  // the grid's blocks beyond one an item
+  DecodeParts const parts{Divisor::of(lines), Divisor::of(max_of(aimed, 1)), most, Divisor::of(most)};
   auto const s = static_cast<cudaStream_t>(stream);
-  bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
+  bool const found = dtype == float16 ? run<__half>(p, parts, plan, s) : run<__nv_bfloat16>(p, parts, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
-  if (plan.workspace > 0) sm80::merge_parts(p, dtype, s);
+  if (plan.workspace > 0) merge_parts(p, parts, dtype, s);
 }
 
 }  // namespace flashcore::sm90

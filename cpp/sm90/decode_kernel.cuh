@@ -41,8 +41,7 @@ struct DecodeConfig {
 
   static constexpr int panels = tile.panels(), panel_bytes = tile_k * 128;
   static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
-  // Two blocks share a multiprocessor's registers where the accumulators are few.
-  static constexpr int blocks_a_unit = head_dim * slices <= 128 ? 2 : 1;
+  static constexpr int blocks_a_unit = tile.blocks_a_unit();
 };
 
 struct DecodeArguments {

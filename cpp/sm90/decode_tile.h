@@ -24,6 +24,8 @@ struct HopperDecodeTile {
   static bool clusters(std::string_view kernel) { return kernel == in_clusters; }
 
   FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
+  // Two blocks share a multiprocessor's registers where the accumulators are few.
+  FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim * slices <= 128 ? 2 : 1; }
   // Keys or values of a tile, in panels of 64 columns.
   FLASHCORE_HD constexpr int panels() const { return ceil_div(head_dim, 64); }
   FLASHCORE_HD constexpr int kv_bytes() const { return panels() * 64 * 128; }
