@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the Hopper decode kernel divides its work, from lengths that only the device knows: the keys of an item (one
 // sequence for one tile of rows) fall into parts of equal length, each the work of one block. Parts are numbered in the
-// order sequence, key head, tile of rows, keys; what is not an item's only part is merged, and found again by the same
-// arithmetic. (The sm80 kernel's blocks stay, and take equal shares: decode_schedule.h. Here the GPU gives a free
+// order sequence, keys, key head, tile of rows: blocks that run at the same time read the same keys' heads, which lie side
+// by side. What is not an item's only part is merged, and found again by the same arithmetic. (The sm80 kernel's blocks stay, and take equal shares: decode_schedule.h. Here the GPU gives a free
 // multiprocessor the next part, which evens out that some read faster than others.)
 #pragma once
 
@@ -19,7 +19,7 @@ struct Divisor {
 
   static Divisor of(int divisor) {
     Divisor d{divisor};
-    if (divisor <= 1) return {};
+    if (divisor <= 1) return {1};
     uint32_t log = 0;
     while ((uint64_t{1} << log) < static_cast<uint64_t>(divisor)) ++log;
     d.shift = log - 1;

@@ -78,9 +78,9 @@ nb::list decode_parts(const std::vector<int>& lengths, int capacity, int tokens,
   for (int b = 0; b < p.batch; ++b) {
     KeyRange const tiles = range(b);
     DecodeParts::Item const item = parts.item(tiles.count(), parts.part_tiles(total));
-    for (int line = 0; line < lines; ++line) {
-      for (int i = 0; i < item.parts; ++i) {
-        int const first = tiles.begin + i * item.part_tiles;
+    for (int i = 0; i < item.parts; ++i) {
+      int const first = tiles.begin + i * item.part_tiles;
+      for (int line = 0; line < lines; ++line) {
         found.append(nb::make_tuple(b, line, first, min_of(first + item.part_tiles, tiles.end)));
       }
     }

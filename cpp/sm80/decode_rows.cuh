@@ -53,13 +53,11 @@ struct DecodeRows {
     }
   }
 
-  // S = Q Kᵀ; `from_k` is this lane's place in the warp's keys.
+  // S = Q Kᵀ; `from_k` is this lane's place in the warp's keys. Where registers allow, two sums side by side halve the
+  // chain of products that wait for each other.
   __device__ __forceinline__ void scores(float (&s)[slices][2][4], uint32_t from_q, uint32_t from_k) {
-#pragma unroll
-    for (int m = 0; m < slices; ++m) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) s[m][i / 4][i % 4] = 0.0f;
-    }
+    constexpr int chains = slices == 1 && head_dim <= 128 ? 2 : 1;
+    float sums[chains][slices][2][4] = {};
 #pragma unroll
     for (int d = 0; d < head_dim / 16; ++d) {
       int const at_d = q_in_registers ? d : 0;
@@ -73,8 +71,16 @@ struct DecodeRows {
       load_matrices(k, Tile::right(from_k, d));
 #pragma unroll
       for (int m = 0; m < slices; ++m) {
-        multiply<Element>(s[m][0], q[m][at_d], k[0], k[1]);
-        multiply<Element>(s[m][1], q[m][at_d], k[2], k[3]);
+        multiply<Element>(sums[d % chains][m][0], q[m][at_d], k[0], k[1]);
+        multiply<Element>(sums[d % chains][m][1], q[m][at_d], k[2], k[3]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < slices; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        s[m][i / 4][i % 4] = sums[0][m][i / 4][i % 4];
+        if constexpr (chains == 2) s[m][i / 4][i % 4] += sums[1][m][i / 4][i % 4];
       }
     }
   }

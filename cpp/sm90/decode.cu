@@ -12,7 +12,7 @@
 namespace flashcore::sm90 {
 
 // Instantiated in the files that cmake/KernelInstances.cmake makes.
-template <class Element, int head_dim, int slices>
+template <class Element, int head_dim, int slices, int groups>
 struct DecodeConfig;
 template <class Config>
 void run_decode(sm80::DecodeParams const& params, DecodeParts const& parts, Plan const& plan, cudaStream_t stream);
@@ -36,12 +36,12 @@ struct FindParts {
   DecodeParts parts;
 
   struct List {
-    int first, count;
-    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i; }
+    int first, count, lines;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i * lines; }
   };
   __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
     FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
-    return {found.before + line * found.item.parts, found.item.parts};
+    return {found.before + line, found.item.parts, parts.lines.divisor};
   }
 };
 

@@ -11,6 +11,7 @@
 #include <cutlass/arch/barrier.h>
 #include <bit>
 #include <cute/arch/copy_sm90_tma.hpp>
+#include <string_view>
 #include <type_traits>
 
 #include "attention/combine.h"
@@ -28,16 +29,17 @@ namespace flashcore::sm90 {
 
 using DecodeBarrier = cutlass::arch::ClusterTransactionBarrier;
 
-template <class Element_, int head_dim_, int slices_>
+template <class Element_, int head_dim_, int slices_, int groups_>
 struct DecodeConfig {
   using Element = Element_;
-  static constexpr HopperDecodeTile tile{head_dim_, slices_};
+  static constexpr HopperDecodeTile tile{head_dim_, slices_, groups_};
   static constexpr int head_dim = head_dim_;
   static constexpr int slices = slices_;  // of 16 rows
-  static constexpr int rows = 16 * slices, warps = HopperDecodeTile::warps, consumers = 32 * warps;
+  static constexpr int groups = groups_;  // of consumer warps, that take tiles in turn
+  static constexpr int rows = 16 * slices, warps = tile.warps(), consumers = 32 * warps;
   static constexpr int threads = consumers + 32;
   static constexpr int tile_k = DecodeParts::tile_k, warp_keys = HopperDecodeTile::warp_keys;
-  static_assert(tile_k == warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
+  static_assert(tile_k == HopperDecodeTile::group_warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
 
   static constexpr int panels = tile.panels(), panel_bytes = tile_k * 128;
   static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
@@ -52,7 +54,8 @@ struct DecodeArguments {
   int log_box;               // of box_rows: 64, or a page's where that is less
   int log_page;              // of p.page_size
   int box_panels;   // boxes that bring a key's columns
-  int log_cluster;  // of the blocks that share an item and merge it themselves; 0: the work is divided into parts
+  Divisor split;    // blocks that share an item's tiles evenly; 0: `parts` says which tiles a block has
+  bool cluster;     // they are a cluster and merge the item themselves
 };
 
 // Keys or values in shared memory as TMA writes them with its 128-byte swizzle: panels of 64 columns, a row of a panel
@@ -88,11 +91,9 @@ __device__ __forceinline__ void send(uint32_t address, float x, uint32_t barrier
                "r"(__float_as_uint(x)), "r"(barrier)
                : "memory");
 }
-__device__ __forceinline__ void send(uint32_t address, float4 x, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   address),
-               "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)),
-               "r"(__float_as_uint(x.w)), "r"(barrier)
+__device__ __forceinline__ void send(uint32_t address, float x, float y, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "r"(__float_as_uint(x)), "r"(__float_as_uint(y)), "r"(barrier)
                : "memory");
 }
 
@@ -166,13 +167,13 @@ struct DecodeMemory {
   __device__ __forceinline__ char* values(int stage) const { return keys(stage) + Config::kv_bytes; }
   // (warps, rows, merge_stride), when the stages have been read
   __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(keys(0)); }
-  // Of a cluster: (pieces of this block, cluster), and (rows, cluster)
-  __device__ __forceinline__ float4* received() const {
+  // In a cluster, from the `sources` warps of all its blocks: (rows, sources, columns of this block), (rows, sources)
+  __device__ __forceinline__ float* received() const {
     constexpr int head_bytes = tile.head_bytes(), merge_bytes = tile.merge_bytes();
-    return reinterpret_cast<float4*>(base + head_bytes + max_of(stages * Config::stage_bytes, merge_bytes));
+    return reinterpret_cast<float*>(base + head_bytes + max_of(stages * Config::stage_bytes, merge_bytes));
   }
-  __device__ __forceinline__ float* received_lse() const {
-    return reinterpret_cast<float*>(received()) + tile.received_bytes() / 4;
+  __device__ __forceinline__ float* received_lse(int rows) const {
+    return received() + rows * Config::warps * Config::head_dim;
   }
 };
 
@@ -180,9 +181,11 @@ struct DecodeMemory {
 struct StagePlace {
   int stage = 0;
   uint32_t phase = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
+  // `by` is at most `stages`.
+  __device__ __forceinline__ void advance(int stages, int by = 1) {
+    stage += by;
+    if (stage >= stages) {
+      stage -= stages;
       phase ^= 1;
     }
   }
@@ -241,11 +244,11 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   DecodePart part;
   KeyRange range;
   bool ahead = false;
-  if (a.log_cluster > 0) {
-    int const item = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (item << a.log_cluster);
+  if (a.split.divisor > 0) {
+    int const item = a.split.quotient(blockIdx.x), rank = blockIdx.x - item * a.split.divisor;
     int const sequence = a.parts.lines.quotient(item);
     part = part_of_line<Config>(a, sequence, item - sequence * a.parts.lines.divisor);
-    // The block knows its first tile without the length, unless a window or a page table says where it is: asked for
+    // The block knows its first tile without the lengths, unless a window or a page table says where it is: asked for
     // ahead, it comes while the length does.
 #ifndef NO_AHEAD
     ahead = p.page_table == nullptr && p.window_left >= unlimited && rank * Config::tile_k < p.seqlen_k;
@@ -253,15 +256,14 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     if (ahead) load(rank * Config::tile_k, part.head, sequence);
     part.cached = cached_keys(p, sequence);
     range = a.parts.range(p, part.cached + p.new_tokens);
-    part.step = 1 << a.log_cluster;
+    part.step = a.split.divisor;
     part.first = range.begin + rank;
-    part.count = (range.count() - rank + part.step - 1) >> a.log_cluster;
-    part.slot = -1;
+    part.count = range.count() <= rank ? 0 : a.split.quotient(range.count() - rank + part.step - 1);
+    part.slot = a.cluster || part.step == 1 ? -1 : static_cast<int>(blockIdx.x);
   } else {
     FoundSequence const found = find_sequence(p, a.parts, blockIdx.x, -1, lane);
     int const in_sequence = blockIdx.x - found.before;
-    int const line = static_cast<unsigned>(in_sequence) / static_cast<unsigned>(max_of(found.item.parts, 1));
-    int const index = in_sequence - line * found.item.parts;
+    int const index = a.parts.lines.quotient(in_sequence), line = in_sequence - index * a.parts.lines.divisor;
     part = part_of_line<Config>(a, found.sequence, line);
     part.cached = found.cached;
     range = found.range;
@@ -332,6 +334,108 @@ __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void con
   }
 }
 
+// Each warp sends its rows' results to the cluster's blocks: equal shares of the columns, and to all the log-sum-exp.
+template <class Config, class Work>
+__device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work& work,
+                                          int warp, int lane) {
+  DecodePart const& part = shared.part();
+  constexpr int slices_n = Config::head_dim / 8;
+  int const blocks = a.split.divisor, sources = blocks * Config::warps, columns = Config::head_dim / blocks;
+  int const source = (blockIdx.x & (blocks - 1)) * Config::warps + warp;
+  uint32_t const all = shared_address(shared.received_all());
+  cluster_wait();  // all blocks run
+  DECODE_MARK(5);
+#pragma unroll
+  for (int m = 0; m < Config::slices; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (m * 16 + half * 8 >= part.valid_rows) continue;
+      SoftmaxRow& state = work.state[m][half];
+      state.sum = sm80::sum_of_quad(state.sum);
+      int const row = m * 16 + half * 8 + lane / 4;
+      if (row >= part.valid_rows) continue;
+      float const inverse = state.inverse_sum(), lse = state.lse(a.p.score.factor);
+      uint32_t const lse_to = shared_address(shared.received_lse(part.valid_rows) + row * sources + source);
+#pragma unroll 1
+      for (int block = lane % 4; block < blocks; block += 4) {
+        send(address_in(lse_to, block), lse, address_in(all, block));
+      }
+      uint32_t const to = shared_address(shared.received() + (row * sources + source) * columns + lane % 4 * 2);
+#pragma unroll
+      for (int n = 0; n < slices_n; ++n) {
+        int const owner = n * blocks / slices_n;
+        send(address_in(to + (n * 8 - owner * columns) * 4, owner), work.o[m][n][2 * half] * inverse,
+             work.o[m][n][2 * half + 1] * inverse, address_in(all, owner));
+      }
+    }
+  }
+  DECODE_MARK(6);
+}
+
+// This block's columns of the item's rows, when all warps of the cluster have sent theirs: a warp merges a row, the
+// results in their order.
+template <class Config>
+__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared, int warp,
+                                              int lane) {
+  using Element = typename Config::Element;
+  sm80::DecodeParams const& p = a.p;
+  DecodePart const& part = shared.part();
+  int const blocks = a.split.divisor, sources = blocks * Config::warps, columns = Config::head_dim / blocks;
+  int const rank = blockIdx.x & (blocks - 1);
+  static_assert(HopperDecodeTile::most_cluster * Config::warps <= 32);
+  shared.received_all()->wait(0);
+  DECODE_MARK(7);
+#pragma unroll 1
+  for (int row = warp; row < part.valid_rows; row += Config::warps) {
+    // Lane l has the weight of source l.
+    float const lse =
+        lane < sources ? shared.received_lse(part.valid_rows)[row * sources + lane] : minus_infinity();
+    float top = lse;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      float const other = __shfl_xor_sync(0xffffffffu, top, step);
+      top = other > top || other != other ? other : top;  // a NaN stays
+    }
+    float const weight = part_weight(lse, top);
+    float total = weight;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+    float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    RowPlace const at = row_place(a, part, row);
+    Element* const out = static_cast<Element*>(p.o.data) + row_offset(p.o, part.sequence, at) + rank * columns;
+    // And four columns of every eighth source, which eight lanes add up.
+#pragma unroll 1
+    for (int begin = 0; begin < columns; begin += 16) {
+      int const column = begin + lane % 4 * 4;
+      float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int const source = j * 8 + lane / 4;
+        float const w = __shfl_sync(0xffffffffu, weight, source);
+        if (source < sources && column < columns) {
+          float4 const x = *reinterpret_cast<float4 const*>(shared.received() + (row * sources + source) * columns + column);
+          sum.x += w * x.x, sum.y += w * x.y, sum.z += w * x.z, sum.w += w * x.w;
+        }
+      }
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, step);
+        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, step);
+        sum.z += __shfl_xor_sync(0xffffffffu, sum.z, step);
+        sum.w += __shfl_xor_sync(0xffffffffu, sum.w, step);
+      }
+      if (lane < 4 && column < columns && rank * columns + column < p.head_dim) {
+        using P = sm80::Precision<Element>;
+        *reinterpret_cast<uint2*>(out + column) = {P::pack(sum.x * inverse, sum.y * inverse),
+                                                   P::pack(sum.z * inverse, sum.w * inverse)};
+      }
+    }
+    if (rank == 0 && lane == 0 && p.lse != nullptr) {
+      p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = merged_lse(top, total);
+    }
+  }
+}
+
 template <class Config>
 __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared, int warp,
                                         int lane) {
@@ -364,23 +468,25 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
 
   // This lane's rows of the operands, as in the forward kernel.
   uint32_t const from_q = shared_q + Queries::offset(lane % 16, lane / 16);
-  uint32_t const lane_k = warp * Config::warp_keys * 128 + PanelTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  uint32_t const lane_v = warp * Config::warp_keys * 128 + PanelTile::offset(lane % 16, lane / 16);
+  int const tile_key = warp % HopperDecodeTile::group_warps * Config::warp_keys;  // of a tile, this warp's first
+  uint32_t const lane_k = tile_key * 128 + PanelTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  uint32_t const lane_v = tile_key * 128 + PanelTile::offset(lane % 16, lane / 16);
   sm80::DecodeRows<Element, head_dim, slices, PanelTile> work;
   work.start(from_q);
   StagePlace place;
-  int const count = part.count;
+  int const count = part.count, group = warp / HopperDecodeTile::group_warps;
+  place.advance(shared.stages, group);
 #pragma unroll 1
-  for (int i = 0, tile = part.first; i < count; ++i, tile += part.step) {
-    int const first = tile * tile_k + warp * Config::warp_keys;
+  for (int i = group; i < count; i += Config::groups) {
+    int const tile = part.first + i * part.step, first = tile * tile_k + tile_key;
     char* const stage_keys = shared.keys(place.stage);
     shared.full_keys()[place.stage].wait(place.phase);
     if (i == 0) DECODE_MARK(3);
     if (i + 1 == count) DECODE_MARK(12);
-    bool const here = (shared.absent()[place.stage] >> (warp * Config::warp_keys >> a.log_box) & 1) == 0;
+    bool const here = (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
     bool const patched = here && first + Config::warp_keys > part.cached;
     auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile) {
-      patch<Config>(p, appended, clears, tile + warp * Config::warp_keys * 128, part,
+      patch<Config>(p, appended, clears, tile + tile_key * 128, part,
                     clamp_to(part.cached - first, 0, Config::warp_keys),
                     clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
     };
@@ -408,12 +514,18 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     work.output(weights, shared_address(stage_keys) + Config::kv_bytes + lane_v);
     __syncwarp();  // all lanes are done with the stage
     if (lane == 0) shared.empty()[place.stage].arrive();
-    place.advance(shared.stages);
+    place.advance(shared.stages, Config::groups);
   }
   DECODE_MARK(4);
   if (count <= 0 && part.ahead) {  // a tile was asked for in vain: it is to arrive before its place is used
     shared.full_keys()[0].wait(0);
     shared.full_values()[0].wait(0);
+  }
+
+  if (a.cluster) {
+    send_rows<Config>(a, shared, work, warp, lane);
+    merge_cluster<Config>(a, shared, warp, lane);
+    return;
   }
 
   // The warps' results become one: each scales its own by its weight over the sum of all.
@@ -430,9 +542,6 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     }
   }
   consumers_sync(consumers);  // the states are there, and nobody reads the stages any more
-  int const cluster = 1 << a.log_cluster, rank = blockIdx.x & (cluster - 1);
-  uint32_t const received_all = shared_address(shared.received_all());
-  if (a.log_cluster > 0) cluster_wait();  // all blocks run
   DECODE_MARK(5);
 #pragma unroll
   for (int m = 0; m < slices; ++m) {
@@ -457,13 +566,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
       }
       if (warp == 0 && row < part.valid_rows) {
         float const lse = all.lse(p.score.factor);
-        if (a.log_cluster > 0) {
-          uint32_t const at = shared_address(shared.received_lse() + row * cluster + rank);
-#pragma unroll 1
-          for (int block = lane % 4; block < cluster; block += 4) {
-            send(address_in(at, block), lse, address_in(received_all, block));
-          }
-        } else if (lane % 4 == 0 && part.slot >= 0) {
+        if (lane % 4 == 0 && part.slot >= 0) {
           p.part_lse[int64_t{part.slot} * p.part_rows + row] = lse;
         } else if (lane % 4 == 0 && p.lse != nullptr) {
           RowPlace const at = row_place(a, part, row);
@@ -485,11 +588,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
           *reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + piece * 4);
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
-    if (a.log_cluster > 0) {  // to the block that merges it, the pieces going round
-      int const owner = i & (cluster - 1);
-      uint32_t const at = shared_address(shared.received() + (i & ~(cluster - 1)) + rank);
-      send(address_in(at, owner), sum, address_in(received_all, owner));
-    } else if (part.slot >= 0) {
+    if (part.slot >= 0) {
       *reinterpret_cast<float4*>(p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + piece * 4) = sum;
     } else {
       Element* const out = static_cast<Element*>(p.o.data) +
@@ -499,63 +598,6 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     }
   }
   DECODE_MARK(6);
-}
-
-// Pieces of this block, of `valid_rows` rows whose every one has `pieces`, of which p.head_dim / 4 are sent.
-template <class Config>
-__device__ __forceinline__ int received_pieces(sm80::DecodeParams const& p, int valid_rows, int cluster, int rank) {
-  constexpr int row_pieces = Config::head_dim / 4;
-  int count = 0;
-  if (p.head_dim == Config::head_dim) {
-    count = (valid_rows * row_pieces - rank + cluster - 1) / cluster;
-  } else {
-    for (int i = rank; i < valid_rows * row_pieces; i += cluster) count += i % row_pieces * 4 < p.head_dim;
-  }
-  return count;
-}
-
-// This block's pieces of the item's rows, when all blocks of the cluster have sent theirs, merged in their order.
-template <class Config>
-__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared) {
-  using Element = typename Config::Element;
-  sm80::DecodeParams const& p = a.p;
-  DecodePart const& part = shared.part();
-  constexpr int row_pieces = Config::head_dim / 4;
-  int const cluster = 1 << a.log_cluster, rank = blockIdx.x & (cluster - 1);
-  shared.received_all()->wait(0);
-  DECODE_MARK(7);
-#pragma unroll 1
-  for (int i = threadIdx.x << a.log_cluster | rank; i < part.valid_rows * row_pieces;
-       i += Config::consumers << a.log_cluster) {
-    int const row = i / row_pieces, piece = i % row_pieces;
-    if (piece * 4 >= p.head_dim) continue;
-    float const* const lses = shared.received_lse() + row * cluster;
-    float4 const* const pieces = shared.received() + i - rank;
-    float max_lse = minus_infinity();
-#pragma unroll 4
-    for (int b = 0; b < cluster; ++b) {
-      float const lse = lses[b];
-      max_lse = lse > max_lse || lse != lse ? lse : max_lse;  // a NaN stays
-    }
-    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-    float total = 0.0f;
-#pragma unroll 4
-    for (int b = 0; b < cluster; ++b) {
-      float const weight = part_weight(lses[b], max_lse);
-      float4 const x = pieces[b];
-      total += weight;
-      sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
-    }
-    float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    RowPlace const at = row_place(a, part, row);
-    Element* const out = static_cast<Element*>(p.o.data) + row_offset(p.o, part.sequence, at) + piece * 4;
-    using P = sm80::Precision<Element>;
-    *reinterpret_cast<uint2*>(out) = {P::pack(sum.x * inverse, sum.y * inverse),
-                                      P::pack(sum.z * inverse, sum.w * inverse)};
-    if (piece == 0 && p.lse != nullptr) {
-      p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = merged_lse(max_lse, total);
-    }
-  }
 }
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
@@ -568,23 +610,26 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   DECODE_MARK(0);
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == Config::warps) {
+    if (lane == 0) {
+      asm volatile("prefetch.tensormap [%0];" ::"l"(&a.k) : "memory");
+      asm volatile("prefetch.tensormap [%0];" ::"l"(&a.v) : "memory");
+    }
     if (lane < a.p.stages) {
       shared.full_keys()[lane].init(1);
       shared.full_values()[lane].init(1);
-      shared.empty()[lane].init(Config::warps);
+      shared.empty()[lane].init(HopperDecodeTile::group_warps);
     }
-    if (lane == 0 && a.log_cluster > 0) {
-      int const cluster = 1 << a.log_cluster, item = blockIdx.x >> a.log_cluster;
-      int const valid_rows = part_of_line<Config>(a, 0, item - a.parts.lines.quotient(item) * a.parts.lines.divisor).valid_rows;
+    if (lane == 0 && a.cluster) {
+      int const item = a.split.quotient(blockIdx.x);
+      int const line = item - a.parts.lines.quotient(item) * a.parts.lines.divisor;
+      int const rows = part_of_line<Config>(a, 0, line).valid_rows;
       shared.received_all()->init(1);
-      shared.received_all()->arrive_and_expect_tx(
-          cluster * (16 * received_pieces<Config>(a.p, valid_rows, cluster, blockIdx.x & (cluster - 1)) +
-                     4 * valid_rows));
+      shared.received_all()->arrive_and_expect_tx(4 * rows * Config::warps * (Config::head_dim + a.split.divisor));
     }
     cutlass::arch::fence_barrier_init();
     __syncwarp();
   }
-  if (a.log_cluster > 0) cluster_arrive();
+  if (a.cluster) cluster_arrive();
   sm80::wait_for_primary();
   sm80::let_dependents_launch();
   DECODE_MARK(1);
@@ -593,27 +638,12 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     DECODE_MARK(9);
     produce<Config>(a, shared, lane);
     DECODE_MARK(11);
-    if (a.log_cluster > 0) cluster_wait();
+    if (a.cluster) cluster_wait();
   } else {
     consume<Config>(a, shared, warp, lane);
-    if (a.log_cluster > 0) merge_cluster<Config>(a, shared);
     DECODE_MARK(8);
   }
 }
-
-// The parts of an item, for the merge.
-struct FindParts {
-  DecodeParts parts;
-
-  struct List {
-    int first, count;
-    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i; }
-  };
-  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
-    FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
-    return {found.before + line * found.item.parts, found.item.parts};
-  }
-};
 
 template <class Config>
 void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan const& plan, cudaStream_t stream) {
@@ -631,8 +661,9 @@ void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan cons
                        {rows.row_stride, 64, rows.head_stride, rows.batch_stride},
                        {box_rows, whole ? Config::panels : 1}});
   };
-  bool const clusters = HopperDecodeTile::clusters(plan.kernel);
-  int const log_cluster = clusters ? std::countr_zero(static_cast<unsigned>(plan.splits)) : 0;
+  std::string_view const kernel_name = plan.kernel;
+  bool const clusters = kernel_name == HopperDecodeTile::in_clusters;
+  Divisor const split = kernel_name == HopperDecodeTile::in_parts ? Divisor{0} : Divisor::of(plan.splits);
   auto const log2_of_power = [](int x) { return std::countr_zero(static_cast<unsigned>(x)); };
   DecodeArguments const arguments{cache(p.k),
                                   cache(p.v),
@@ -643,7 +674,8 @@ void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan cons
                                   log2_of_power(box_rows),
                                   paged ? log2_of_power(p.page_size) : 0,
                                   whole ? 1 : Config::panels,
-                                  log_cluster};
+                                  split,
+                                  clusters};
 
   auto const kernel = decode_kernel<Config>;
   char const* const preparing = "preparing the sm90 decode kernel";
@@ -651,7 +683,6 @@ void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan cons
   cuda_check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
       preparing);
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), preparing);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(Config::threads);
@@ -661,7 +692,7 @@ void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan cons
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {1u << log_cluster, 1, 1};
+  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
   config.attrs = attributes;
   config.numAttrs = clusters ? 2 : 1;
   cuda_check(cudaLaunchKernelEx(&config, kernel, arguments), "launching the sm90 decode kernel");

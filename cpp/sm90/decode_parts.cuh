@@ -17,45 +17,57 @@ struct FoundSequence {
 
 // All lanes of a warp together find the sequence with part `part`, or sequence `sequence` where that is not -1. Each
 // lane has consecutive sequences: it counts their tiles, then their parts, and the one that has what is looked for walks
-// to it. (One loop for the three, so that there is little code to fetch.)
+// to it.
 __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, DecodeParts const& parts, int part,
                                                        int sequence, int lane) {
   int const sequences = (p.batch + 31) / 32, first = lane * sequences, end = min_of(first + sequences, p.batch);
+  FoundSequence found{first, 0, 0, {0, 0, 0, 0}, {0, 1}};
   int part_tiles = 1;
-  FoundSequence found{first, 0, 0, {}, {}};
-  bool mine = false;
+  auto const look = [&](int b) {
+    found.sequence = b;
+    found.cached = cached_keys(p, b);
+    found.range = parts.range(p, found.cached + p.new_tokens);
+  };
+  auto const of_sequence = [&] {
+    found.item = parts.item(found.range.count(), part_tiles);
+    return found.item.parts * parts.lines.divisor;
+  };
+  int tiles = 0;
 #pragma unroll 1
-  for (int pass = parts.most_parts > 0 ? 1 : 0; pass < 3; ++pass) {
-    int sum = 0;
-    if (pass < 2 || mine) {
+  for (int b = first; b < end; ++b) {
+    look(b);
+    tiles += found.range.count();
+  }
+  if (parts.most_parts == 0) part_tiles = parts.part_tiles(__reduce_add_sync(0xffffffffu, tiles));
+  int own = 0;
+  if (sequences == 1) {
+    own = first < end ? of_sequence() : 0;
+  } else {
 #pragma unroll 1
-      for (int b = first; b < end; ++b) {
-        found.cached = cached_keys(p, b);
-        found.range = parts.range(p, found.cached + p.new_tokens);
-        found.item = parts.item(found.range.count(), part_tiles);
-        int const of_sequence = found.item.parts * parts.lines.divisor;
-        if (pass == 2) {
-          found.sequence = b;
-          if (sequence >= 0 ? b == sequence : part < found.before + of_sequence) break;
-          found.before += of_sequence;
-        }
-        sum += pass == 0 ? found.range.count() : of_sequence;
-      }
+    for (int b = first; b < end; ++b) {
+      look(b);
+      own += of_sequence();
     }
-    if (pass == 0) part_tiles = parts.part_tiles(__reduce_add_sync(0xffffffffu, sum));
-    if (pass == 1) {
-      int to = sum;
+  }
+  int to = own;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    int const other = __shfl_up_sync(0xffffffffu, to, step);
+    if (lane >= step) to += other;
+  }
+  found.before = to - own;
+  bool const mine = sequence >= 0 ? sequence >= first && sequence < end : part >= found.before && part < to;
+  if (mine && sequences > 1) {
 #pragma unroll 1
-      for (int step = 1; step < 32; step *= 2) {
-        int const other = __shfl_up_sync(0xffffffffu, to, step);
-        if (lane >= step) to += other;
-      }
-      found.before = to - sum;
-      mine = sequence >= 0 ? sequence >= first && sequence < end : part >= found.before && part < to;
+    for (int b = first; b < end; ++b) {
+      look(b);
+      int const count = of_sequence();
+      if (sequence >= 0 ? b == sequence : part < found.before + count) break;
+      found.before += count;
     }
   }
   int const owner = __ffs(__ballot_sync(0xffffffffu, mine)) - 1;
-  if (owner < 0) return {-1, 0, 0, {}, {}};
+  if (owner < 0) return {-1, 0, 0, {0, 0, 0, 0}, {0, 1}};
   // From the owner to all.
   auto const share = [owner](int& x) { x = __shfl_sync(0xffffffffu, x, owner); };
   share(found.sequence), share(found.before), share(found.cached);
