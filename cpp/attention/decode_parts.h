@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the Hopper decode kernel divides its work, from lengths that only the device knows: the keys of an item (one
-// sequence for one tile of rows) fall into parts of equal length, each the work of one block. Parts are numbered in the
-// order sequence, keys, key head, tile of rows: blocks that run at the same time read the same keys' heads, which lie side
-// by side. What is not an item's only part is merged, and found again by the same arithmetic. (The sm80 kernel's blocks stay, and take equal shares: decode_schedule.h. Here the GPU gives a free
+// sequence for one tile of rows) fall into parts of about equal length, each the work of one block or one cluster of
+// blocks. Tiles of keys go to an item's parts in turn, and parts are numbered in the order sequence, part, key head, tile
+// of rows: so blocks that run at the same time read what lies side by side. (One stretch of keys a part measured 108 us
+// where tiles in turn take 91: 8 sequences of 8,192 keys, 2 parts an item.) What is not an item's only part is merged, and
+// found again by the same arithmetic. (The sm80 kernel's blocks stay, and take equal shares: decode_schedule.h. Here the GPU gives a free
 // multiprocessor the next part, which evens out that some read faster than others.)
 #pragma once
 
@@ -42,34 +44,34 @@ struct DecodeParts {
   static constexpr int tile_k = DecodeSchedule::tile_k;
 
   Divisor lines;  // items of a sequence: key heads times tiles of rows
-  // Parts that all items together are divided into, beyond one each: more where the lengths leave remainders.
-  Divisor aimed;
+  Divisor aimed;  // parts that all items together are divided into, beyond one each
+  Divisor alike;  // parts of each item where all have about the same length: no more than aimed allows
+  int32_t batch;  // sequences
   int32_t most_parts;  // of an item, batch_invariant: then its own length alone decides; else 0
   Divisor most;        // the same
 
-  // The tiles of keys that some query of sequence `b` sees.
+  // The tiles of keys that some query of a sequence with `keys` keys sees.
   FLASHCORE_HD KeyRange range(const KvCacheParams& p, int keys) const {
     return cache_mask(p, keys).key_range(0, p.seqlen_q, tile_k);
   }
 
-  // Tiles of a part, where the items of one line together have `total`. No more parts than items + aimed come of it.
-  FLASHCORE_HD int part_tiles(int total) const {
+  // Tiles of a part, where all sequences have `total` and the longest `longest`. No more parts than items + aimed come
+  // of it.
+  FLASHCORE_HD int part_tiles(int total, int longest) const {
+    if (static_cast<int64_t>(longest) * batch * 4 <= static_cast<int64_t>(total) * 5) {
+      return max_of(alike.quotient(longest + alike.divisor - 1), 1);
+    }
     return max_of(aimed.quotient(total * lines.divisor + aimed.divisor - 1), 1);
   }
 
-  // How an item's tiles fall into parts of part_tiles each but for the last; an item without keys is one empty part, so
-  // that somebody writes its zeros.
-  struct Item {
-    int parts, part_tiles;
-  };
-  FLASHCORE_HD Item item(int tiles, int part_tiles) const {
+  // The parts that an item's tiles fall into, which they go to in turn; one where there are none, so that somebody writes
+  // zeros.
+  FLASHCORE_HD int parts(int tiles, int part_tiles) const {
     if (most_parts > 0) {
       constexpr int unit = DecodeSchedule::part_tiles;
       part_tiles = max_of(most.quotient(tiles + most_parts - 1) + unit - 1, unit) / unit * unit;
-      return {max_of(parts_of(tiles, part_tiles), 1), part_tiles};
     }
-    int const parts = max_of(parts_of(tiles, part_tiles), 1);
-    return {parts, max_of(parts_of(tiles, parts), 1)};
+    return max_of(parts_of(tiles, part_tiles), 1);
   }
 };
 

@@ -68,22 +68,19 @@ nb::tuple decode_schedule(const std::vector<int>& lengths, int capacity, int tok
 }
 
 nb::list decode_parts(const std::vector<int>& lengths, int capacity, int tokens, int new_tokens, int window_left,
-                      int window_right, int lines, int aimed, int most_parts) {
+                      int window_right, int lines, int aimed, int alike, int most_parts) {
   KvCacheParams const p = lengths_of(lengths, capacity, tokens, new_tokens, window_left, window_right);
-  DecodeParts const parts{Divisor::of(lines), Divisor::of(aimed), most_parts, Divisor::of(most_parts)};
-  auto const range = [&](int b) { return parts.range(p, cached_keys(p, b) + p.new_tokens); };
-  int total = 0;
-  for (int b = 0; b < p.batch; ++b) total += range(b).count();
-  nb::list found;  // (sequence, line, first tile, end tile)
+  DecodeParts const parts{Divisor::of(lines), Divisor::of(aimed), Divisor::of(alike), p.batch, most_parts,
+                          Divisor::of(most_parts)};
+  auto const tiles = [&](int b) { return parts.range(p, cached_keys(p, b) + p.new_tokens).count(); };
+  int total = 0, longest = 0;
   for (int b = 0; b < p.batch; ++b) {
-    KeyRange const tiles = range(b);
-    DecodeParts::Item const item = parts.item(tiles.count(), parts.part_tiles(total));
-    for (int i = 0; i < item.parts; ++i) {
-      int const first = tiles.begin + i * item.part_tiles;
-      for (int line = 0; line < lines; ++line) {
-        found.append(nb::make_tuple(b, line, first, min_of(first + item.part_tiles, tiles.end)));
-      }
-    }
+    total += tiles(b);
+    longest = max_of(longest, tiles(b));
+  }
+  nb::list found;  // (tiles, parts of an item) of each sequence
+  for (int b = 0; b < p.batch; ++b) {
+    found.append(nb::make_tuple(tiles(b), parts.parts(tiles(b), parts.part_tiles(total, longest))));
   }
   return found;
 }
@@ -100,10 +97,10 @@ void bind_schedule(nb::module_& m) {
               "window_right: int, lines: int, blocks: int, most_parts: int) -> tuple[list, list]"),
       "How sm80's decode kernel divides its work: parts, and what is merged. A window side below 0 is none. For tests.");
   m.def("decode_parts", &decode_parts, "lengths"_a, "capacity"_a, "tokens"_a, "new_tokens"_a, "window_left"_a,
-        "window_right"_a, "lines"_a, "aimed"_a, "most_parts"_a,
+        "window_right"_a, "lines"_a, "aimed"_a, "alike"_a, "most_parts"_a,
         nb::sig("def decode_parts(lengths: list[int], capacity: int, tokens: int, new_tokens: int, window_left: int, "
-                "window_right: int, lines: int, aimed: int, most_parts: int) -> list"),
-        "The parts that Hopper's decode kernel makes of the keys, in their order. For tests.");
+                "window_right: int, lines: int, aimed: int, alike: int, most_parts: int) -> list"),
+        "Each sequence's tiles of keys, and the parts that they fall into on Hopper. For tests.");
   m.def("divide", &divide, "x"_a, "divisor"_a, nb::sig("def divide(x: int, divisor: int) -> int"),
         "x / divisor as Hopper's decode kernel divides. For tests.");
 }

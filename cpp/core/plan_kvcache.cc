@@ -118,8 +118,8 @@ Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
 
 // --- Hopper ----------------------------------------------------------------------------------------------------------
 
-// Parts that are aimed at, beyond one an item: for each block that the GPU runs at once.
-constexpr int parts_a_block = 2;
+// Parts that are aimed at, beyond one an item, for a multiprocessor, where lengths differ. NUMBERS
+constexpr int parts_a_unit = 8;
 
 // Blocks of a multiprocessor share its memory with the merge's.
 constexpr int merge_shared_memory = 4096;
@@ -137,46 +137,57 @@ bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& devi
               static_cast<double>(s.heads_k * s.head_dim));
 }
 
-// The blocks of a cluster that share an item; 1 where the keys fall into parts.
-int cluster_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work) {
-  if (problem.batch_invariant || work.items * 8 > device.units) return 1;
+// How many blocks, as a cluster, share a part, and how many parts an item falls into where all are about as long.
+struct Division {
+  int cluster, even_parts;
+};
+Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work) {
+  if (problem.batch_invariant || work.tiles_a_line == 1) return {1, 1};
+  // NUMBERS
+  int const most = work.items * 16 <= device.units ? 8 : work.items * 8 <= device.units ? 4 : work.items * 2 <= device.units ? 2 : 1;
   int cluster = 1;
-  while (cluster < 8 && cluster < work.tiles_a_line) cluster *= 2;
-  return cluster;
+  while (cluster < most && cluster < work.tiles_a_line) cluster *= 2;
+  return {cluster, 1};
 }
 
 Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
-  int const cluster = cluster_of(problem, device, work), blocks_a_unit = cluster > 1 ? 1 : tile.blocks_a_unit();
-  int const shared_memory = std::min(device.shared_memory_per_block,
-                                     (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024);
+  Division const division = division_of(problem, device, work);
+  int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
+  int const cluster_rows = division.cluster > 1 ? part_rows : 0, blocks_a_unit = tile.blocks_a_unit();
+  auto const stages = [&](int blocks) {
+    int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks - 1024;
+    return tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
+  };
 
   Plan plan;
   plan.backend = Backend::sm90;
-  plan.kernel = cluster > 1 ? HopperDecodeTile::in_clusters : HopperDecodeTile::in_parts;
+  plan.kernel = "sm90_decode";
   plan.head_dim = tile.head_dim;
   plan.tile_q = tile.rows();
   plan.tile_k = DecodeParts::tile_k;
   plan.packed_heads = static_cast<int>(work.group);
   plan.threads = 32 * (HopperDecodeTile::warps + 1);
   plan.plain_score = plain_score(options_of(problem));
-  plan.shared_memory = tile.shared_memory(tile.stages_of(shared_memory, cluster > 1), cluster > 1);
+  plan.shared_memory = tile.shared_memory(stages(blocks_a_unit), cluster_rows);
   plan.tiles = work.items * work.tiles_a_line;
-  if (cluster > 1) {
-    plan.blocks = work.items * cluster;
-    plan.splits = cluster;
-    return plan;
+  plan.cluster = division.cluster;
+  plan.even_parts = division.even_parts;
+  int64_t parts = work.items * division.even_parts;
+  if (problem.batch_invariant) {
+    plan.splits = static_cast<int>(DecodeSchedule::parts_bound(work.lines, work.tiles_a_line));
+    parts = work.items * plan.splits;
+  } else if (s.batch > 1) {
+    int64_t const aimed = int64_t{parts_a_unit} * device.units;
+    parts = std::min(plan.tiles, std::max(parts, work.items + aimed));
+    plan.splits = static_cast<int>(std::min({work.tiles_a_line, parts - work.items + 1}));
+  } else {  // one sequence is as long as itself
+    plan.splits = division.even_parts;
   }
-  int64_t const aimed = int64_t{parts_a_block} * blocks_a_unit * device.units;
-  int64_t const most_parts =
-      problem.batch_invariant ? DecodeSchedule::parts_bound(work.lines, work.tiles_a_line) : work.tiles_a_line;
-  plan.blocks = problem.batch_invariant ? work.items * most_parts : std::min(plan.tiles, work.items + aimed);
-  plan.splits = static_cast<int>(problem.batch_invariant ? most_parts : std::min(most_parts, aimed));
-  if (plan.splits > 1) {
-    plan.workspace = plan.blocks * std::min<int64_t>(work.rows, tile.rows()) * (s.head_dim_v + 1) * 4;
-  }
+  plan.blocks = parts * division.cluster;
+  if (plan.splits > 1) plan.workspace = parts * part_rows * (s.head_dim_v + 1) * 4;
   return plan;
 }
 
@@ -206,18 +217,20 @@ Plan plan(const KvCacheProblem& problem, const DeviceProperties& device) {
 
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan) {
   if (plan.backend == Backend::cpu) return explain(options_of(problem), device, plan);
-  bool const hopper = plan.backend == Backend::sm90, clusters = HopperDecodeTile::clusters(plan.kernel);
-  int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory, clusters)
+  bool const hopper = plan.backend == Backend::sm90;
+  int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
+  int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
+                                                                                          plan.cluster > 1 ? rows : 0)
                             : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +
                      (problem.backend == Backend::automatic ? "" : " (backend forced)") + ": ";
-  if (clusters) {
-    text += "the " + std::to_string(plan.splits) + " blocks of a cluster share a sequence's keys and merge their results";
-  } else if (hopper) {
-    text += "the keys of all sequences fall into at most " + blocks + " parts, a block each";
+  if (!hopper) {
+    text.append(blocks + " blocks take equal shares of all sequences' keys");
   } else {
-    text += blocks + " blocks take equal shares of all sequences' keys";
+    text.append("the keys of all sequences fall into at most ");
+    text.append(std::to_string(plan.blocks / plan.cluster) + " parts, ");
+    text.append(plan.cluster == 1 ? "a block each" : "a cluster of " + std::to_string(plan.cluster) + " blocks each");
   }
   text += ", in tiles of " + std::to_string(plan.tile_k) + " keys, " + std::to_string(stages) +
           " of them on their way; a tile of queries has up to " + std::to_string(plan.tile_q) + " rows, of " +

@@ -42,6 +42,11 @@ struct DecodeRows {
         }
       }
     }
+    clear();
+  }
+
+  // No keys yet.
+  __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int m = 0; m < slices; ++m) {
 #pragma unroll

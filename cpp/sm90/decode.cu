@@ -12,19 +12,20 @@
 namespace flashcore::sm90 {
 
 // Instantiated in the files that cmake/KernelInstances.cmake makes.
-template <class Element, int head_dim, int slices, int groups>
+template <class Element, int head_dim, int slices>
 struct DecodeConfig;
 template <class Config>
-void run_decode(sm80::DecodeParams const& params, DecodeParts const& parts, Plan const& plan, cudaStream_t stream);
+void run_decode(sm80::DecodeParams const& params, DecodeParts const& parts, int even, Plan const& plan,
+                cudaStream_t stream);
 
 namespace {
 
 template <class Element>
-bool run(sm80::DecodeParams const& params, DecodeParts const& parts, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_DECODE(D, slices)                                       \
-  if (plan.head_dim == D && plan.tile_q == 16 * slices) {                      \
-    run_decode<DecodeConfig<Element, D, slices>>(params, parts, plan, stream); \
-    return true;                                                               \
+bool run(sm80::DecodeParams const& params, DecodeParts const& parts, int even, Plan const& plan, cudaStream_t stream) {
+#define FLASHCORE_SM90_DECODE(D, slices)                                             \
+  if (plan.head_dim == D && plan.tile_q == 16 * slices) {                            \
+    run_decode<DecodeConfig<Element, D, slices>>(params, parts, even, plan, stream); \
+    return true;                                                                     \
   }
 #include "sm90/decode_tiles.inc"
 #undef FLASHCORE_SM90_DECODE
@@ -41,15 +42,29 @@ struct FindParts {
   };
   __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
     FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
-    return {found.before + line, found.item.parts, parts.lines.divisor};
+    return {found.before + line, found.parts, parts.lines.divisor};
   }
 };
 
-void merge_parts(sm80::DecodeParams const& params, DecodeParts const& parts, DType dtype, cudaStream_t stream) {
-  if (dtype == float16) {
-    sm80::launch_merge<__half>(params, FindParts{parts}, true, stream);
+// The same where every item has as many, in its order.
+struct FindEven {
+  int parts;
+
+  struct List {
+    int first, count;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i; }
+  };
+  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int /*lane*/) const {
+    return {(sequence * p.heads_k * p.row_tiles + line) * parts, parts};
+  }
+};
+
+template <class Element>
+void merge(sm80::DecodeParams const& params, DecodeParts const& parts, int even, cudaStream_t stream) {
+  if (even > 0) {
+    sm80::launch_merge<Element>(params, FindEven{even}, true, stream);
   } else {
-    sm80::launch_merge<__nv_bfloat16>(params, FindParts{parts}, true, stream);
+    sm80::launch_merge<Element>(params, FindParts{parts}, true, stream);
   }
 }
 
@@ -58,14 +73,17 @@ void merge_parts(sm80::DecodeParams const& params, DecodeParts const& parts, DTy
 void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream) {
   sm80::DecodeParams p = sm80::decode_params(params, plan, workspace);
   HopperDecodeTile const tile{plan.head_dim, plan.tile_q / 16};
-  p.stages = tile.stages_of(plan.shared_memory, HopperDecodeTile::clusters(plan.kernel));
+  p.stages = tile.stages_of(plan.shared_memory, plan.cluster > 1 ? p.part_rows : 0);
   int const lines = p.heads_k * p.row_tiles, most = p.batch_invariant ? plan.splits : 0;
-  int const aimed = static_cast<int>(plan.blocks) - p.batch * lines;  // the grid's blocks beyond one an item
-  DecodeParts const parts{Divisor::of(lines), Divisor::of(max_of(aimed, 1)), most, Divisor::of(most)};
+  int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
+  DecodeParts const parts{Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
+                          Divisor::of(most)};
+  // A single sequence is as long as itself: its parts need no search.
+  int const even = p.batch == 1 && most == 0 ? plan.even_parts : 0;
   auto const s = static_cast<cudaStream_t>(stream);
-  bool const found = dtype == float16 ? run<__half>(p, parts, plan, s) : run<__nv_bfloat16>(p, parts, plan, s);
+  bool const found = dtype == float16 ? run<__half>(p, parts, even, plan, s) : run<__nv_bfloat16>(p, parts, even, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
-  if (plan.workspace > 0) merge_parts(p, parts, dtype, s);
+  if (plan.workspace > 0) dtype == float16 ? merge<__half>(p, parts, even, s) : merge<__nv_bfloat16>(p, parts, even, s);
 }
 
 }  // namespace flashcore::sm90

@@ -11,7 +11,6 @@
 #include <cutlass/arch/barrier.h>
 #include <bit>
 #include <cute/arch/copy_sm90_tma.hpp>
-#include <string_view>
 #include <type_traits>
 
 #include "attention/combine.h"
@@ -29,17 +28,16 @@ namespace flashcore::sm90 {
 
 using DecodeBarrier = cutlass::arch::ClusterTransactionBarrier;
 
-template <class Element_, int head_dim_, int slices_, int groups_>
+template <class Element_, int head_dim_, int slices_>
 struct DecodeConfig {
   using Element = Element_;
-  static constexpr HopperDecodeTile tile{head_dim_, slices_, groups_};
+  static constexpr HopperDecodeTile tile{head_dim_, slices_};
   static constexpr int head_dim = head_dim_;
   static constexpr int slices = slices_;  // of 16 rows
-  static constexpr int groups = groups_;  // of consumer warps, that take tiles in turn
-  static constexpr int rows = 16 * slices, warps = tile.warps(), consumers = 32 * warps;
+  static constexpr int rows = 16 * slices, warps = HopperDecodeTile::warps, consumers = 32 * warps;
   static constexpr int threads = consumers + 32;
   static constexpr int tile_k = DecodeParts::tile_k, warp_keys = HopperDecodeTile::warp_keys;
-  static_assert(tile_k == HopperDecodeTile::group_warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
+  static_assert(tile_k == warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
 
   static constexpr int panels = tile.panels(), panel_bytes = tile_k * 128;
   static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
@@ -54,8 +52,8 @@ struct DecodeArguments {
   int log_box;               // of box_rows: 64, or a page's where that is less
   int log_page;              // of p.page_size
   int box_panels;   // boxes that bring a key's columns
-  Divisor split;    // blocks that share an item's tiles evenly; 0: `parts` says which tiles a block has
-  bool cluster;     // they are a cluster and merge the item themselves
+  Divisor even;     // parts of each item; 0: `parts` says how many, by the lengths
+  int log_cluster;  // of the blocks that share a part and merge it
 };
 
 // Keys or values in shared memory as TMA writes them with its 128-byte swizzle: panels of 64 columns, a row of a panel
@@ -69,6 +67,10 @@ struct PanelTile {
     return (offset ^ (32 * (slices % 4))) + slices / 4 * (64 * 128);
   }
 };
+
+// What a consumer warp has in registers.
+template <class Config>
+using Work = sm80::DecodeRows<typename Config::Element, Config::head_dim, Config::slices, PanelTile>;
 
 // --- instructions ----------------------------------------------------------------------------------------------------
 
@@ -120,6 +122,15 @@ __device__ __forceinline__ DecodePart part_of_line(DecodeArguments const& a, int
   part.first_row = (line - part.head * a.row_tiles.divisor) * Config::rows;
   part.valid_rows = min_of(Config::rows, a.p.rows - part.first_row);
   return part;
+}
+
+// Of the cluster's part, where every item has as many, what the lengths do not say.
+template <class Config>
+__device__ __forceinline__ DecodePart even_part(DecodeArguments const& a, int& index) {
+  int const number = blockIdx.x >> a.log_cluster, item = a.even.quotient(number);
+  index = number - item * a.even.divisor;
+  int const sequence = a.parts.lines.quotient(item);
+  return part_of_line<Config>(a, sequence, item - sequence * a.parts.lines.divisor);
 }
 
 // Where row `row` of a part's tile lies: the token, and the query head.
@@ -181,11 +192,9 @@ struct DecodeMemory {
 struct StagePlace {
   int stage = 0;
   uint32_t phase = 0;
-  // `by` is at most `stages`.
-  __device__ __forceinline__ void advance(int stages, int by = 1) {
-    stage += by;
-    if (stage >= stages) {
-      stage -= stages;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
       phase ^= 1;
     }
   }
@@ -244,39 +253,48 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   DecodePart part;
   KeyRange range;
   bool ahead = false;
-  if (a.split.divisor > 0) {
-    int const item = a.split.quotient(blockIdx.x), rank = blockIdx.x - item * a.split.divisor;
-    int const sequence = a.parts.lines.quotient(item);
-    part = part_of_line<Config>(a, sequence, item - sequence * a.parts.lines.divisor);
-    // The block knows its first tile without the lengths, unless a window or a page table says where it is: asked for
+  // The blocks of all of an item's parts take its tiles in turn: what is read at the same time lies side by side.
+  int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
+  int parts, way;
+  if (a.even.divisor > 0) {
+    int index;
+    part = even_part<Config>(a, index);
+    parts = a.even.divisor;
+    way = index << a.log_cluster | rank;
+    // The length is asked for first: behind the keys it would wait for them.
+    int length;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
+    // The block knows its first tile without the length, unless a window or a page table says where it is: asked for
     // ahead, it comes while the length does.
-#ifndef NO_AHEAD
-    ahead = p.page_table == nullptr && p.window_left >= unlimited && rank * Config::tile_k < p.seqlen_k;
-#endif
-    if (ahead) load(rank * Config::tile_k, part.head, sequence);
-    part.cached = cached_keys(p, sequence);
+    ahead = p.page_table == nullptr && p.window_left >= unlimited && way * Config::tile_k < p.seqlen_k;
+    if (ahead) load(way * Config::tile_k, part.head, part.sequence);
+    part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
     range = a.parts.range(p, part.cached + p.new_tokens);
-    part.step = a.split.divisor;
-    part.first = range.begin + rank;
-    part.count = range.count() <= rank ? 0 : a.split.quotient(range.count() - rank + part.step - 1);
-    part.slot = a.cluster || part.step == 1 ? -1 : static_cast<int>(blockIdx.x);
   } else {
-    FoundSequence const found = find_sequence(p, a.parts, blockIdx.x, -1, lane);
-    int const in_sequence = blockIdx.x - found.before;
+    FoundSequence const found = find_sequence(p, a.parts, number, -1, lane);
+    int const in_sequence = number - found.before;
     int const index = a.parts.lines.quotient(in_sequence), line = in_sequence - index * a.parts.lines.divisor;
     part = part_of_line<Config>(a, found.sequence, line);
     part.cached = found.cached;
     range = found.range;
-    part.first = range.begin + index * found.item.part_tiles;
-    part.count = min_of(found.item.part_tiles, range.end - part.first);
-    part.step = 1;
-    part.slot = found.item.parts == 1 ? -1 : static_cast<int>(blockIdx.x);
+    parts = found.parts;
+    way = index << a.log_cluster | rank;
   }
+  part.step = parts << a.log_cluster;
+  part.first = range.begin + way;
+  part.count = range.count() <= way ? 0 : parts_of(range.count() - way, part.step);
+  part.slot = parts == 1 ? -1 : number;
   part.ahead = ahead;
   part.keys = part.cached + p.new_tokens;
   part.full_begin = range.full_begin;
   part.full_end = range.full_end;
-  if (lane == 0) shared.part() = part;
+  if (lane == 0) {
+    shared.part() = part;
+    if (a.log_cluster > 0 && part.sequence >= 0) {  // what the cluster's warps will send
+      shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows * Config::warps *
+                                                  (Config::head_dim + (1 << a.log_cluster)));
+    }
+  }
   DECODE_MARK(10);
   __syncthreads();  // the part is known
   if (part.sequence < 0) return;
@@ -335,12 +353,12 @@ __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void con
 }
 
 // Each warp sends its rows' results to the cluster's blocks: equal shares of the columns, and to all the log-sum-exp.
-template <class Config, class Work>
-__device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work& work,
-                                          int warp, int lane) {
+template <class Config>
+__device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory<Config> const& shared,
+                                          Work<Config>& work, int warp, int lane, bool acts) {
   DecodePart const& part = shared.part();
-  constexpr int slices_n = Config::head_dim / 8;
-  int const blocks = a.split.divisor, sources = blocks * Config::warps, columns = Config::head_dim / blocks;
+  constexpr unsigned slices_n = Config::head_dim / 8;
+  int const blocks = 1 << a.log_cluster, sources = blocks * Config::warps, columns = Config::head_dim >> a.log_cluster;
   int const source = (blockIdx.x & (blocks - 1)) * Config::warps + warp;
   uint32_t const all = shared_address(shared.received_all());
   cluster_wait();  // all blocks run
@@ -358,14 +376,15 @@ __device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory
       uint32_t const lse_to = shared_address(shared.received_lse(part.valid_rows) + row * sources + source);
 #pragma unroll 1
       for (int block = lane % 4; block < blocks; block += 4) {
-        send(address_in(lse_to, block), lse, address_in(all, block));
+        if (acts) send(address_in(lse_to, block), lse, address_in(all, block));
       }
       uint32_t const to = shared_address(shared.received() + (row * sources + source) * columns + lane % 4 * 2);
 #pragma unroll
-      for (int n = 0; n < slices_n; ++n) {
-        int const owner = n * blocks / slices_n;
-        send(address_in(to + (n * 8 - owner * columns) * 4, owner), work.o[m][n][2 * half] * inverse,
-             work.o[m][n][2 * half + 1] * inverse, address_in(all, owner));
+      for (int n = 0; n < static_cast<int>(slices_n); ++n) {
+        int const owner = static_cast<int>(static_cast<unsigned>(n * blocks) / slices_n);
+        float const low = work.o[m][n][2 * half] * inverse, high = work.o[m][n][2 * half + 1] * inverse;
+        uint32_t const at = address_in(to + (n * 8 - owner * columns) * 4, owner), barrier = address_in(all, owner);
+        if (acts) send(at, low, high, barrier);
       }
     }
   }
@@ -376,20 +395,20 @@ __device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory
 // results in their order.
 template <class Config>
 __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared, int warp,
-                                              int lane) {
+                                              int lane, bool acts) {
   using Element = typename Config::Element;
   sm80::DecodeParams const& p = a.p;
   DecodePart const& part = shared.part();
-  int const blocks = a.split.divisor, sources = blocks * Config::warps, columns = Config::head_dim / blocks;
+  int const blocks = 1 << a.log_cluster, sources = blocks * Config::warps, columns = Config::head_dim >> a.log_cluster;
   int const rank = blockIdx.x & (blocks - 1);
   static_assert(HopperDecodeTile::most_cluster * Config::warps <= 32);
-  shared.received_all()->wait(0);
+  if (acts) shared.received_all()->wait(0);
   DECODE_MARK(7);
 #pragma unroll 1
   for (int row = warp; row < part.valid_rows; row += Config::warps) {
     // Lane l has the weight of source l.
     float const lse =
-        lane < sources ? shared.received_lse(part.valid_rows)[row * sources + lane] : minus_infinity();
+        acts && lane < sources ? shared.received_lse(part.valid_rows)[row * sources + lane] : minus_infinity();
     float top = lse;
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
@@ -412,7 +431,7 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
       for (int j = 0; j < 4; ++j) {
         int const source = j * 8 + lane / 4;
         float const w = __shfl_sync(0xffffffffu, weight, source);
-        if (source < sources && column < columns) {
+        if (acts && source < sources && column < columns) {
           float4 const x = *reinterpret_cast<float4 const*>(shared.received() + (row * sources + source) * columns + column);
           sum.x += w * x.x, sum.y += w * x.y, sum.z += w * x.z, sum.w += w * x.w;
         }
@@ -424,60 +443,77 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
         sum.z += __shfl_xor_sync(0xffffffffu, sum.z, step);
         sum.w += __shfl_xor_sync(0xffffffffu, sum.w, step);
       }
+      sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
       if (lane < 4 && column < columns && rank * columns + column < p.head_dim) {
-        using P = sm80::Precision<Element>;
-        *reinterpret_cast<uint2*>(out + column) = {P::pack(sum.x * inverse, sum.y * inverse),
-                                                   P::pack(sum.z * inverse, sum.w * inverse)};
+        if (part.slot >= 0) {
+          float* const to = p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + rank * columns + column;
+          if (acts) *reinterpret_cast<float4*>(to) = sum;
+        } else {
+          using P = sm80::Precision<Element>;
+          if (acts) *reinterpret_cast<uint2*>(out + column) = {P::pack(sum.x, sum.y), P::pack(sum.z, sum.w)};
+        }
       }
     }
-    if (rank == 0 && lane == 0 && p.lse != nullptr) {
-      p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = merged_lse(top, total);
+    if (acts && rank == 0 && lane == 0) {
+      if (part.slot >= 0) {
+        p.part_lse[int64_t{part.slot} * p.part_rows + row] = merged_lse(top, total);
+      } else if (p.lse != nullptr) {
+        p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = merged_lse(top, total);
+      }
     }
   }
 }
 
 template <class Config>
-__device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared, int warp,
-                                        int lane) {
+__device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
+                                        int warp, int lane) {
   using Element = typename Config::Element;
   using Queries = sm80::SharedTile<Config::head_dim>;
   constexpr int head_dim = Config::head_dim, slices = Config::slices, rows = Config::rows, tile_k = Config::tile_k;
-  constexpr int chunks = head_dim / 8, consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
+  constexpr int chunks = head_dim / 8, consumers = Config::consumers;
   sm80::DecodeParams const& p = a.p;
   DecodePart const& part = shared.part();
 
   DECODE_MARK(2);
-  __syncthreads();  // the part is known
-  if (part.sequence < 0) {
-    if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
-    return;
+  // The queries are asked for before the keys, too, where the lengths do not say whose.
+  bool const known = a.even.divisor > 0;
+  DecodePart place_of_q;
+  int index;
+  if (known) {
+    place_of_q = even_part<Config>(a, index);
+  } else {
+    __syncthreads();  // the part is known
+    place_of_q = part;
+    if (part.sequence < 0) {
+      if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
+      return;
+    }
   }
-
   uint32_t const shared_q = shared_address(shared.queries());
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * chunks; i += consumers) {
     int const row = i / chunks, chunk = i % chunks;
     Element const* const source = static_cast<Element const*>(p.q.data) +
-                                  row_offset(p.q, part.sequence, row_place(a, part, row)) + chunk * 8;
-    sm80::copy_async(shared_q + Queries::offset(row, chunk), source, row < part.valid_rows && chunk * 8 < p.head_dim);
+                                  row_offset(p.q, place_of_q.sequence, row_place(a, place_of_q, row)) + chunk * 8;
+    sm80::copy_async(shared_q + Queries::offset(row, chunk), source,
+                     row < place_of_q.valid_rows && chunk * 8 < p.head_dim);
   }
-  if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
   sm80::copy_commit();
+  if (known) __syncthreads();  // the part is known
+  if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
   sm80::copy_wait_all();
   consumers_sync(consumers);  // the queries are here
 
   // This lane's rows of the operands, as in the forward kernel.
   uint32_t const from_q = shared_q + Queries::offset(lane % 16, lane / 16);
-  int const tile_key = warp % HopperDecodeTile::group_warps * Config::warp_keys;  // of a tile, this warp's first
+  int const tile_key = warp * Config::warp_keys;  // of a tile, this warp's first
   uint32_t const lane_k = tile_key * 128 + PanelTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   uint32_t const lane_v = tile_key * 128 + PanelTile::offset(lane % 16, lane / 16);
-  sm80::DecodeRows<Element, head_dim, slices, PanelTile> work;
   work.start(from_q);
   StagePlace place;
-  int const count = part.count, group = warp / HopperDecodeTile::group_warps;
-  place.advance(shared.stages, group);
+  int const count = part.count;
 #pragma unroll 1
-  for (int i = group; i < count; i += Config::groups) {
+  for (int i = 0; i < count; ++i) {
     int const tile = part.first + i * part.step, first = tile * tile_k + tile_key;
     char* const stage_keys = shared.keys(place.stage);
     shared.full_keys()[place.stage].wait(place.phase);
@@ -514,7 +550,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     work.output(weights, shared_address(stage_keys) + Config::kv_bytes + lane_v);
     __syncwarp();  // all lanes are done with the stage
     if (lane == 0) shared.empty()[place.stage].arrive();
-    place.advance(shared.stages, Config::groups);
+    place.advance(shared.stages);
   }
   DECODE_MARK(4);
   if (count <= 0 && part.ahead) {  // a tile was asked for in vain: it is to arrive before its place is used
@@ -522,9 +558,22 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     shared.full_values()[0].wait(0);
   }
 
-  if (a.cluster) {
-    send_rows<Config>(a, shared, work, warp, lane);
-    merge_cluster<Config>(a, shared, warp, lane);
+}
+
+// The end of a part. The producer's warp goes the same way before the consumers get there and does nothing on it
+// (`acts` is false): it fetches the instructions, which would take longer than to execute them.
+template <class Config>
+__device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
+                                       int warp, int lane, bool acts) {
+  using Element = typename Config::Element;
+  constexpr int head_dim = Config::head_dim, slices = Config::slices, rows = Config::rows;
+  constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
+  sm80::DecodeParams const& p = a.p;
+  DecodePart const& part = shared.part();
+  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
+  if (a.log_cluster > 0) {
+    send_rows<Config>(a, shared, work, warp, lane, acts);
+    merge_cluster<Config>(a, shared, warp % Config::warps, lane, acts);
     return;
   }
 
@@ -535,13 +584,13 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float const sum = sm80::sum_of_quad(work.state[m][half].sum);
-      if (lane % 4 == 0) {
+      if (acts && lane % 4 == 0) {
         maxima[m * 16 + half * 8] = work.state[m][half].max;
         maxima[m * 16 + half * 8 + Config::warps * rows] = sum;
       }
     }
   }
-  consumers_sync(consumers);  // the states are there, and nobody reads the stages any more
+  if (acts) consumers_sync(consumers);  // the states are there, and nobody reads the stages any more
   DECODE_MARK(5);
 #pragma unroll
   for (int m = 0; m < slices; ++m) {
@@ -551,50 +600,52 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
       if (m * 16 + half * 8 >= part.valid_rows) continue;
       SoftmaxRow all;
 #pragma unroll
-      for (int w = 0; w < Config::warps; ++w) all.max = fmaxf(all.max, shared.maxima()[w * rows + row]);
+      for (int w = 0; w < Config::warps; ++w) all.max = fmaxf(all.max, read(shared.maxima() + w * rows + row));
       float const top = all.max == minus_infinity() ? 0.0f : all.max;
 #pragma unroll
       for (int w = 0; w < Config::warps; ++w) {
-        all.sum += exp2_of((shared.maxima()[w * rows + row] - top) * p.score.factor) * shared.sums()[w * rows + row];
+        all.sum += exp2_of((read(shared.maxima() + w * rows + row) - top) * p.score.factor) *
+                   read(shared.sums() + w * rows + row);
       }
       float const weight = exp2_of((work.state[m][half].max - top) * p.score.factor) * all.inverse_sum();
       float* const to = shared.outputs() + (warp * rows + row) * merge_stride + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < head_dim / 8; ++n) {
         float2 const pair{work.o[m][n][2 * half] * weight, work.o[m][n][2 * half + 1] * weight};
-        *reinterpret_cast<float2*>(to + n * 8) = pair;
+        if (acts) *reinterpret_cast<float2*>(to + n * 8) = pair;
       }
-      if (warp == 0 && row < part.valid_rows) {
+      if (warp % Config::warps == 0 && row < part.valid_rows) {
         float const lse = all.lse(p.score.factor);
         if (lane % 4 == 0 && part.slot >= 0) {
-          p.part_lse[int64_t{part.slot} * p.part_rows + row] = lse;
+          if (acts) p.part_lse[int64_t{part.slot} * p.part_rows + row] = lse;
         } else if (lane % 4 == 0 && p.lse != nullptr) {
           RowPlace const at = row_place(a, part, row);
-          p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = lse;
+          if (acts) p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = lse;
         }
       }
     }
   }
-  consumers_sync(consumers);  // the outputs are there
+  if (acts) consumers_sync(consumers);  // the outputs are there
   constexpr int row_pieces = head_dim / 4;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < part.valid_rows * row_pieces; i += consumers) {
+  for (int i = threadIdx.x % consumers; i < part.valid_rows * row_pieces; i += consumers) {
     int const row = i / row_pieces, piece = i % row_pieces;
     if (piece * 4 >= p.head_dim) continue;
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int w = 0; w < Config::warps; ++w) {
       float4 const x =
-          *reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + piece * 4);
+          read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + piece * 4));
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
     if (part.slot >= 0) {
-      *reinterpret_cast<float4*>(p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + piece * 4) = sum;
+      float* const out = p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + piece * 4;
+      if (acts) *reinterpret_cast<float4*>(out) = sum;
     } else {
       Element* const out = static_cast<Element*>(p.o.data) +
                            row_offset(p.o, part.sequence, row_place(a, part, row)) + piece * 4;
       using P = sm80::Precision<Element>;
-      *reinterpret_cast<uint2*>(out) = {P::pack(sum.x, sum.y), P::pack(sum.z, sum.w)};
+      if (acts) *reinterpret_cast<uint2*>(out) = {P::pack(sum.x, sum.y), P::pack(sum.z, sum.w)};
     }
   }
   DECODE_MARK(6);
@@ -617,36 +668,37 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     if (lane < a.p.stages) {
       shared.full_keys()[lane].init(1);
       shared.full_values()[lane].init(1);
-      shared.empty()[lane].init(HopperDecodeTile::group_warps);
+      shared.empty()[lane].init(Config::warps);
     }
-    if (lane == 0 && a.cluster) {
-      int const item = a.split.quotient(blockIdx.x);
-      int const line = item - a.parts.lines.quotient(item) * a.parts.lines.divisor;
-      int const rows = part_of_line<Config>(a, 0, line).valid_rows;
-      shared.received_all()->init(1);
-      shared.received_all()->arrive_and_expect_tx(4 * rows * Config::warps * (Config::head_dim + a.split.divisor));
-    }
+    if (lane == 0 && a.log_cluster > 0) shared.received_all()->init(1);
     cutlass::arch::fence_barrier_init();
     __syncwarp();
   }
-  if (a.cluster) cluster_arrive();
+  if (a.log_cluster > 0) cluster_arrive();
   sm80::wait_for_primary();
   sm80::let_dependents_launch();
   DECODE_MARK(1);
 
+  Work<Config> work;
   if (warp == Config::warps) {
     DECODE_MARK(9);
+    work.clear();
     produce<Config>(a, shared, lane);
     DECODE_MARK(11);
-    if (a.cluster) cluster_wait();
   } else {
-    consume<Config>(a, shared, warp, lane);
-    DECODE_MARK(8);
+    consume<Config>(a, shared, work, warp, lane);
   }
+  if (shared.part().sequence < 0) {
+    if (a.log_cluster > 0) cluster_wait();
+    return;
+  }
+  finish<Config>(a, shared, work, warp, lane, warp != Config::warps);
+  DECODE_MARK(8);
 }
 
 template <class Config>
-void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan const& plan, cudaStream_t stream) {
+void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, int even, Plan const& plan,
+                cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const paged = p.page_table != nullptr;
   int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
@@ -661,9 +713,6 @@ void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan cons
                        {rows.row_stride, 64, rows.head_stride, rows.batch_stride},
                        {box_rows, whole ? Config::panels : 1}});
   };
-  std::string_view const kernel_name = plan.kernel;
-  bool const clusters = kernel_name == HopperDecodeTile::in_clusters;
-  Divisor const split = kernel_name == HopperDecodeTile::in_parts ? Divisor{0} : Divisor::of(plan.splits);
   auto const log2_of_power = [](int x) { return std::countr_zero(static_cast<unsigned>(x)); };
   DecodeArguments const arguments{cache(p.k),
                                   cache(p.v),
@@ -674,8 +723,8 @@ void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan cons
                                   log2_of_power(box_rows),
                                   paged ? log2_of_power(p.page_size) : 0,
                                   whole ? 1 : Config::panels,
-                                  split,
-                                  clusters};
+                                  even > 0 ? Divisor::of(even) : Divisor{0},
+                                  log2_of_power(plan.cluster)};
 
   auto const kernel = decode_kernel<Config>;
   char const* const preparing = "preparing the sm90 decode kernel";
@@ -692,9 +741,9 @@ void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, Plan cons
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
   config.attrs = attributes;
-  config.numAttrs = clusters ? 2 : 1;
+  config.numAttrs = plan.cluster > 1 ? 2 : 1;
   cuda_check(cudaLaunchKernelEx(&config, kernel, arguments), "launching the sm90 decode kernel");
 }
 

@@ -12,7 +12,7 @@ struct FoundSequence {
   int before;    // parts of the sequences before
   int cached;    // keys in the cache
   KeyRange range;
-  DecodeParts::Item item;
+  int parts;  // of each of its items
 };
 
 // All lanes of a warp together find the sequence with part `part`, or sequence `sequence` where that is not -1. Each
@@ -21,7 +21,7 @@ struct FoundSequence {
 __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, DecodeParts const& parts, int part,
                                                        int sequence, int lane) {
   int const sequences = (p.batch + 31) / 32, first = lane * sequences, end = min_of(first + sequences, p.batch);
-  FoundSequence found{first, 0, 0, {0, 0, 0, 0}, {0, 1}};
+  FoundSequence found{first, 0, 0, {0, 0, 0, 0}, 1};
   int part_tiles = 1;
   auto const look = [&](int b) {
     found.sequence = b;
@@ -29,16 +29,19 @@ __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, D
     found.range = parts.range(p, found.cached + p.new_tokens);
   };
   auto const of_sequence = [&] {
-    found.item = parts.item(found.range.count(), part_tiles);
-    return found.item.parts * parts.lines.divisor;
+    found.parts = parts.parts(found.range.count(), part_tiles);
+    return found.parts * parts.lines.divisor;
   };
-  int tiles = 0;
+  int tiles = 0, longest = 0;
 #pragma unroll 1
   for (int b = first; b < end; ++b) {
     look(b);
     tiles += found.range.count();
+    longest = max_of(longest, found.range.count());
   }
-  if (parts.most_parts == 0) part_tiles = parts.part_tiles(__reduce_add_sync(0xffffffffu, tiles));
+  if (parts.most_parts == 0) {
+    part_tiles = parts.part_tiles(__reduce_add_sync(0xffffffffu, tiles), __reduce_max_sync(0xffffffffu, longest));
+  }
   int own = 0;
   if (sequences == 1) {
     own = first < end ? of_sequence() : 0;
@@ -67,12 +70,12 @@ __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, D
     }
   }
   int const owner = __ffs(__ballot_sync(0xffffffffu, mine)) - 1;
-  if (owner < 0) return {-1, 0, 0, {0, 0, 0, 0}, {0, 1}};
+  if (owner < 0) return {-1, 0, 0, {0, 0, 0, 0}, 1};
   // From the owner to all.
   auto const share = [owner](int& x) { x = __shfl_sync(0xffffffffu, x, owner); };
   share(found.sequence), share(found.before), share(found.cached);
   share(found.range.begin), share(found.range.full_begin), share(found.range.full_end), share(found.range.end);
-  share(found.item.parts), share(found.item.part_tiles);
+  share(found.parts);
   return found;
 }
 
