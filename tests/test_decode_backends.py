@@ -67,9 +67,7 @@ def test_new_tokens_fill_tiles(arrays, page_size):
     """Appended keys that end in a tile, fill whole ones, and begin in the middle of a warp's 16."""
     for new in (1, 15, 64, 150):
         for lengths in ([0], [63], [1000], [5, 64, 120, 0, 77, 1, 2, 3, 129, 1000, 31, 16]):
-            both(
-                arrays, lengths, 2, (4, 2), 64, Options(causal=True), f"{lengths} {new}", new=new, page_size=page_size
-            )
+            both(arrays, lengths, 2, (4, 2), 64, Options(causal=True), f"{lengths} {new}", new=new, page_size=page_size)
 
 
 def test_batch_invariant(arrays):

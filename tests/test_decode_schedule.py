@@ -109,7 +109,9 @@ def check_parts(lengths, capacity, tokens, new, window, lines, aimed, alike, mos
         assert 1 <= count <= max(tiles, 1)  # none is empty, but somebody writes the zeros of no keys
         assert most_parts == 0 or count <= most_parts
     if most_parts == 0:  # no more than the grid has blocks
-        assert lines * sum(count for _, count in parts) <= max(len(lengths) * lines * alike, len(lengths) * lines + aimed)
+        assert lines * sum(count for _, count in parts) <= max(
+            len(lengths) * lines * alike, len(lengths) * lines + aimed
+        )
     return parts
 
 
@@ -150,7 +152,15 @@ def test_batch_invariant_parts_depend_on_the_length_alone(device, length):
 
 def test_division_by_multiplication(device):
     rng = random.Random(1)
-    divisors = [*range(1, 200), 2**16 - 1, 2**16, 2**16 + 1, 2**30, 2**31 - 1, *(rng.randrange(1, 2**31) for _ in range(99))]
+    divisors = [
+        *range(1, 200),
+        2**16 - 1,
+        2**16,
+        2**16 + 1,
+        2**30,
+        2**31 - 1,
+        *(rng.randrange(1, 2**31) for _ in range(99)),
+    ]
     for d in divisors:
         for x in (0, 1, d - 1, d, min(2 * d - 1, 2**31 - 1), 2**31 - 1, *(rng.randrange(2**31) for _ in range(20))):
             assert _core.divide(x, d) == x // d, (x, d)
@@ -222,14 +232,26 @@ def test_plan_on_hopper(device, gpu, head_dim, rows):
         items = batch * 2 * row_tiles
         assert p.tiles == items * 128
         assert p.kernel == "sm90_decode" and p.blocks >= items
-        if batch == 1:  # a cluster's blocks merge by themselves
-            assert p.splits == 1 and p.workspace == 0 and p.blocks <= GPUS[gpu] and "cluster of" in p.reason
+        if batch == 1:  # as long as itself: as many parts as blocks that run at once
+            assert p.blocks == items * p.splits <= 2 * GPUS[gpu] < 2 * GPUS[gpu] + items and p.splits > 1
         else:
             assert items < p.blocks and p.splits > 1
-            assert p.workspace % (min(tokens * group, p.tile_q) * (head_dim + 1) * 4) == 0 < p.workspace
+        assert p.workspace == p.blocks * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
         stage = 2 * 64 * 128 * -(-p.head_dim // 64)
         assert p.shared_memory >= 2 * stage  # two tiles on their way
         assert decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size, backend="sm90") == p
+
+
+def test_plan_of_clusters(device):
+    """One sequence with few rows and about eight key heads: clusters that merge by themselves."""
+    for heads_k, cluster in ((8, 8), (6, 8), (16, 4), (12, 4)):
+        for page_size in (0, 64):
+            p = decode_plan("h100", 1, 1, 2 * heads_k, heads_k, page_size=page_size)
+            assert p.blocks == heads_k * cluster and p.splits == 1 and p.workspace == 0
+            assert f"a cluster of {cluster} blocks each" in p.reason
+    for options in ({"tokens": 4}, {"page_size": 16}, {"batch": 2}, {"batch_invariant": True}, {"keys": 256}):
+        p = decode_plan("h100", **options)
+        assert p.kernel == "sm90_decode" and p.workspace > 0 and "a block each" in p.reason, options
 
 
 def test_plan_keeps_memory_busy(device):
@@ -246,7 +268,7 @@ def test_plan_without_parts(device):
     """One tile a sequence needs no workspace; nothing to compute is sm80's."""
     assert decode_plan("h100", 1, 1, 8, 8, 64, keys=64).workspace == 0
     assert decode_plan("h100", 500, 1, 8, 8, 64, keys=64).workspace == 0
-    assert decode_plan("h100", 1, 1, 4, 1, 64, keys=128).workspace == 0  # a cluster's blocks merge by themselves
+    assert decode_plan("h100").workspace == 0  # a cluster's blocks merge by themselves
     assert decode_plan("h100", 90, 1, 4, 1, 64, keys=128).workspace > 0
     assert decode_plan("a100", 1, 1, 4, 1, 64, keys=128).workspace > 0
     assert decode_plan("h100", 0, keys=128).blocks == 0

@@ -250,6 +250,17 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     place.advance(shared.stages);
   };
 
+  // The pages of 32 boxes of the part, one a lane, where they begin before key `end`.
+  auto const pages_from = [&](DecodePart const& part, int box, int end) {
+    box += lane;
+    int const i = box >> log_boxes;
+    int const key = (part.first + i * part.step) * Config::tile_k + (box - (i << log_boxes)) * box_rows;
+    if (key >= end) return -1;
+    int const page = p.page_table[part.sequence * p.page_table_stride + (key >> a.log_page)];
+    return page >= 0 && page < p.pages ? page : -1;
+  };
+  int next_pages = -1;
+
   DecodePart part;
   KeyRange range;
   bool ahead = false;
@@ -264,10 +275,18 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     // The length is asked for first: behind the keys it would wait for them.
     int length;
     asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
-    // The block knows its first tile without the length, unless a window or a page table says where it is: asked for
-    // ahead, it comes while the length does.
-    ahead = p.page_table == nullptr && p.window_left >= unlimited && way * Config::tile_k < p.seqlen_k;
-    if (ahead) load(way * Config::tile_k, part.head, part.sequence);
+    // The block knows its first tile without the length, unless a window says where it is: asked for ahead, it comes
+    // while the length does.
+    ahead = p.window_left >= unlimited && way * Config::tile_k < p.seqlen_k;
+    part.first = way;
+    part.step = parts << a.log_cluster;
+    int block = part.sequence, row = way * Config::tile_k;
+    if (p.page_table != nullptr && ahead) {
+      next_pages = pages_from(part, 0, p.seqlen_k);
+      block = __shfl_sync(0xffffffffu, next_pages, lane);
+      row = (row + (lane < boxes ? lane : 0) * box_rows) & (p.page_size - 1);
+    }
+    if (ahead) load(row, part.head, block);
     part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
     range = a.parts.range(p, part.cached + p.new_tokens);
   } else {
@@ -307,21 +326,15 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     return;
   }
   // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
-  auto const pages_from = [&](int box) {
-    box += lane;
-    int const i = box >> log_boxes;
-    int const key = (part.first + i * part.step) * Config::tile_k + (box - (i << log_boxes)) * box_rows;
-    if (i >= part.count || key >= part.keys) return -1;
-    int const page = p.page_table[part.sequence * p.page_table_stride + (key >> a.log_page)];
-    return page >= 0 && page < p.pages ? page : -1;
-  };
-  int pages = -1, next_pages = pages_from(0);
+  int pages = -1;
+  if (!ahead) next_pages = pages_from(part, 0, part.keys);
 #pragma unroll 1
   for (int i = 0, box = 0; i < part.count; ++i, box += boxes) {
     if (box % 32 == 0) {
       pages = next_pages;
-      next_pages = pages_from(box + 32);
+      next_pages = pages_from(part, box + 32, part.keys);
     }
+    if (i == 0 && ahead) continue;
     int const block = __shfl_sync(0xffffffffu, pages, (box + lane) % 32);
     int const row = (part.first + i * part.step) * Config::tile_k + (lane < boxes ? lane : 0) * box_rows;
     load(row & (p.page_size - 1), part.head, block);
