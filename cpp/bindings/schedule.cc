@@ -70,8 +70,8 @@ nb::tuple decode_schedule(const std::vector<int>& lengths, int capacity, int tok
 nb::list decode_parts(const std::vector<int>& lengths, int capacity, int tokens, int new_tokens, int window_left,
                       int window_right, int lines, int aimed, int alike, int most_parts) {
   KvCacheParams const p = lengths_of(lengths, capacity, tokens, new_tokens, window_left, window_right);
-  DecodeParts const parts{Divisor::of(lines), Divisor::of(aimed), Divisor::of(alike), p.batch, most_parts,
-                          Divisor::of(most_parts)};
+  DecodeParts const parts{Divisor::of(lines), Divisor::of(aimed),     Divisor::of(alike), p.batch,
+                          most_parts,         Divisor::of(most_parts)};
   auto const tiles = [&](int b) { return parts.range(p, cached_keys(p, b) + p.new_tokens).count(); };
   int total = 0, longest = 0;
   for (int b = 0; b < p.batch; ++b) {
@@ -95,7 +95,8 @@ void bind_schedule(nb::module_& m) {
       "window_right"_a, "lines"_a, "blocks"_a, "most_parts"_a,
       nb::sig("def decode_schedule(lengths: list[int], capacity: int, tokens: int, new_tokens: int, window_left: int, "
               "window_right: int, lines: int, blocks: int, most_parts: int) -> tuple[list, list]"),
-      "How sm80's decode kernel divides its work: parts, and what is merged. A window side below 0 is none. For tests.");
+      "How sm80's decode kernel divides its work: parts, and what is merged. A window side below 0 is none. For "
+      "tests.");
   m.def("decode_parts", &decode_parts, "lengths"_a, "capacity"_a, "tokens"_a, "new_tokens"_a, "window_left"_a,
         "window_right"_a, "lines"_a, "aimed"_a, "alike"_a, "most_parts"_a,
         nb::sig("def decode_parts(lengths: list[int], capacity: int, tokens: int, new_tokens: int, window_left: int, "

@@ -118,8 +118,8 @@ Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
 
 // --- Hopper ----------------------------------------------------------------------------------------------------------
 
-// Parts that are aimed at, beyond one an item, for a multiprocessor, where lengths differ. 64 sequences of 128 to 29,376
-// keys on an H100: 2: 410 us, 4: 391, 8: 387, 16: 387.
+// Parts that are aimed at, beyond one an item, for a multiprocessor, where lengths differ. 64 sequences of 128 to
+// 29,376 keys on an H100: 2: 410 us, 4: 391, 8: 387, 16: 387.
 constexpr int parts_a_unit = 8;
 
 // Blocks of a multiprocessor share its memory with the merge's.
@@ -143,12 +143,12 @@ struct Division {
   int cluster, even_parts;
 };
 
-// Where a single sequence's items are so few that as many clusters run at once, a cluster takes one, and nothing is left to
-// merge by another kernel. More than 64 blocks in clusters were slower, whose place on the GPU is not free. H100, 8 key
-// heads, us: 4,096 keys 9.6 (in 32 parts 13.6), 32,768 46.9 (48.9), 131,072 177 (178). With more than 8 rows of queries the
-// blocks of a cluster send each other too much (16 rows, 32,768 keys: 56.0, in parts 53.3 or less), and pages of 16 come
-// too slowly for half the multiprocessors (67.2).
-// Elsewhere all blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
+// Where a single sequence's items are so few that as many clusters run at once, a cluster takes one, and nothing is
+// left to merge by another kernel. More than 64 blocks in clusters were slower, whose place on the GPU is not free.
+// H100, 8 key heads, us: 4,096 keys 9.6 (in 32 parts 13.6), 32,768 46.9 (48.9), 131,072 177 (178). With more than 8
+// rows of queries the blocks of a cluster send each other too much (16 rows, 32,768 keys: 56.0, in parts 53.3 or less),
+// and pages of 16 come too slowly for half the multiprocessors (67.2). Elsewhere all blocks that run at once have a
+// part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
                      int blocks_a_unit) {
   constexpr int most_rows = 8, most_blocks = 64, least_blocks = 48;
@@ -160,7 +160,8 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
       if (blocks >= least_blocks && blocks <= most_blocks && cluster <= work.tiles_a_line) return {cluster, 1};
     }
   }
-  int64_t const parts = int64_t{device.units} * blocks_a_unit / work.items;
+  int64_t parts = int64_t{device.units} * blocks_a_unit / work.items;
+  if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
   return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line))};
 }
 

@@ -218,8 +218,9 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
       if (!p.plain_score) work.transform(s, p.score);
       bool const here = in_cache >> stage & 1;
       if (!here || tile < range.full_begin || tile >= range.full_end) {  // keys that not all queries see
-        work.hide(s, mask, tile * tile_k + warp * Config::warp_keys, first_row,
-                  [&](int row) { return row / p.group; }, here, lane);
+        work.hide(
+            s, mask, tile * tile_k + warp * Config::warp_keys, first_row, [&](int row) { return row / p.group; }, here,
+            lane);
       }
       work.softmax(s, weights, p.score.factor);
       work.output(weights, from_v);

@@ -15,17 +15,16 @@ namespace flashcore::sm90 {
 template <class Element, int head_dim, int slices>
 struct DecodeConfig;
 template <class Config>
-void run_decode(sm80::DecodeParams const& params, DecodeParts const& parts, int even, Plan const& plan,
-                cudaStream_t stream);
+void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
 
 namespace {
 
 template <class Element>
-bool run(sm80::DecodeParams const& params, DecodeParts const& parts, int even, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_DECODE(D, slices)                                             \
-  if (plan.head_dim == D && plan.tile_q == 16 * slices) {                            \
-    run_decode<DecodeConfig<Element, D, slices>>(params, parts, even, plan, stream); \
-    return true;                                                                     \
+bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
+#define FLASHCORE_SM90_DECODE(D, slices)                                \
+  if (plan.head_dim == D && plan.tile_q == 16 * slices) {               \
+    run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream); \
+    return true;                                                        \
   }
 #include "sm90/decode_tiles.inc"
 #undef FLASHCORE_SM90_DECODE
@@ -60,30 +59,31 @@ struct FindEven {
 };
 
 template <class Element>
-void merge(sm80::DecodeParams const& params, DecodeParts const& parts, int even, cudaStream_t stream) {
-  if (even > 0) {
-    sm80::launch_merge<Element>(params, FindEven{even}, true, stream);
+void merge(DecodeParams const& p, cudaStream_t stream) {
+  if (p.even > 0) {
+    sm80::launch_merge<Element>(p, FindEven{p.even}, true, stream);
   } else {
-    sm80::launch_merge<Element>(params, FindParts{parts}, true, stream);
+    sm80::launch_merge<Element>(p, FindParts{p.parts}, true, stream);
   }
 }
 
 }  // namespace
 
 void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream) {
-  sm80::DecodeParams p = sm80::decode_params(params, plan, workspace);
+  DecodeParams p{};
+  static_cast<sm80::DecodeParams&>(p) = sm80::decode_params(params, plan, workspace);
   HopperDecodeTile const tile{plan.head_dim, plan.tile_q / 16};
   p.stages = tile.stages_of(plan.shared_memory, plan.cluster > 1 ? p.part_rows : 0);
   int const lines = p.heads_k * p.row_tiles, most = p.batch_invariant ? plan.splits : 0;
   int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
-  DecodeParts const parts{Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
-                          Divisor::of(most)};
+  p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
+             Divisor::of(most)};
   // A single sequence is as long as itself: its parts need no search.
-  int const even = p.batch == 1 && most == 0 ? plan.even_parts : 0;
+  p.even = p.batch == 1 && most == 0 ? plan.even_parts : 0;
   auto const s = static_cast<cudaStream_t>(stream);
-  bool const found = dtype == float16 ? run<__half>(p, parts, even, plan, s) : run<__nv_bfloat16>(p, parts, even, plan, s);
+  bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
-  if (plan.workspace > 0) dtype == float16 ? merge<__half>(p, parts, even, s) : merge<__nv_bfloat16>(p, parts, even, s);
+  if (plan.workspace > 0) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
 }
 
 }  // namespace flashcore::sm90

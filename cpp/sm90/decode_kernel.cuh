@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode kernel for compute capability 9.0: a few queries a sequence over a long cache, which is bound by reading
-// the cache. A block has a part of the keys of one sequence and key head. Its producer warp keeps a ring of tiles of keys
-// and values full through TMA, and four consumer warps multiply what has come. README.md beside this file tells how the
-// keys are divided and who merges.
+// the cache. A block has a part of the keys of one sequence and key head. Its producer warp keeps a ring of tiles of
+// keys and values full through TMA, and four consumer warps multiply what has come. README.md beside this file tells
+// how the keys are divided and who merges.
 //
 // Every instruction is fetched once a block, and at the end of a short part nothing hides that: loops that run once or
 // twice are not unrolled, and divisions are of 32 bits.
@@ -21,9 +21,6 @@
 #include "sm90/decode_tile.h"
 #include "sm90/tensor_map.h"
 
-#ifndef DECODE_MARK
-#define DECODE_MARK(i)
-#endif
 namespace flashcore::sm90 {
 
 using DecodeBarrier = cutlass::arch::ClusterTransactionBarrier;
@@ -51,9 +48,9 @@ struct DecodeArguments {
   Divisor group, row_tiles;  // of p
   int log_box;               // of box_rows: 64, or a page's where that is less
   int log_page;              // of p.page_size
-  int box_panels;   // boxes that bring a key's columns
-  Divisor even;     // parts of each item; 0: `parts` says how many, by the lengths
-  int log_cluster;  // of the blocks that share a part and merge it
+  int box_panels;            // boxes that bring a key's columns
+  Divisor even;              // parts of each item; 0: `parts` says how many, by the lengths
+  int log_cluster;           // of the blocks that share a part and merge it
 };
 
 // Keys or values in shared memory as TMA writes them with its 128-byte swizzle: panels of 64 columns, a row of a panel
@@ -108,7 +105,7 @@ struct DecodePart {
   int cached, keys;  // of the sequence in the cache, and with the new ones
   int first, count, step;
   int full_begin, full_end;  // tiles that all queries see whole
-  int slot;                  // of the result; -1: the output itself, or the cluster
+  int slot;                  // of the result; -1: the output itself
   bool ahead;                // the first tile was asked for before the lengths were known
 };
 static_assert(sizeof(DecodePart) <= 64);
@@ -207,10 +204,7 @@ __device__ __forceinline__ uint32_t shared_address(void const* x) {
 // --- the producer ----------------------------------------------------------------------------------------------------
 
 // What TMA tells the L2 cache: nobody reads keys and values again.
-#ifndef READ_HINT
-#define READ_HINT 0x12f0000000000000
-#endif
-constexpr uint64_t read_once = READ_HINT;
+constexpr uint64_t read_once = 0x12f0000000000000;
 
 // One warp: finds out what the block's part is, leaves it to the consumers, and asks for its tiles as the stages empty,
 // each box by a lane.
@@ -240,8 +234,9 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
         char* to = (i == 0 ? shared.keys(place.stage) : shared.values(place.stage)) + lane * box_rows * 128;
 #pragma unroll 1
         for (int panel = 0; panel < a.box_panels; ++panel) {
-          cute::SM90_TMA_LOAD_5D::copy(i == 0 ? &a.k : &a.v, reinterpret_cast<uint64_t*>(i == 0 ? &full_keys : &full_values),
-                                       read_once, to, panel * 64, row, 0, head, at);
+          cute::SM90_TMA_LOAD_5D::copy(i == 0 ? &a.k : &a.v,
+                                       reinterpret_cast<uint64_t*>(i == 0 ? &full_keys : &full_values), read_once, to,
+                                       panel * 64, row, 0, head, at);
           to += Config::panel_bytes;
         }
       }
@@ -314,7 +309,6 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
                                                   (Config::head_dim + (1 << a.log_cluster)));
     }
   }
-  DECODE_MARK(10);
   __syncthreads();  // the part is known
   if (part.sequence < 0) return;
 
@@ -356,10 +350,9 @@ __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void con
     int const row = i / chunks, chunk = i % chunks;
     uint4 x{0, 0, 0, 0};
     if (row < end && chunk * 8 < p.head_dim) {
-      x = __ldg(reinterpret_cast<uint4 const*>(static_cast<Element const*>(appended.data) +
-                                               part.sequence * appended.batch_stride +
-                                               (first_token + row) * appended.row_stride +
-                                               part.head * appended.head_stride + chunk * 8));
+      x = __ldg(reinterpret_cast<uint4 const*>(
+          static_cast<Element const*>(appended.data) + part.sequence * appended.batch_stride +
+          (first_token + row) * appended.row_stride + part.head * appended.head_stride + chunk * 8));
     }
     *reinterpret_cast<uint4*>(rows + PanelTile::offset(row, chunk)) = x;
   }
@@ -375,7 +368,6 @@ __device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory
   int const source = (blockIdx.x & (blocks - 1)) * Config::warps + warp;
   uint32_t const all = shared_address(shared.received_all());
   cluster_wait();  // all blocks run
-  DECODE_MARK(5);
 #pragma unroll
   for (int m = 0; m < Config::slices; ++m) {
 #pragma unroll
@@ -401,7 +393,6 @@ __device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory
       }
     }
   }
-  DECODE_MARK(6);
 }
 
 // This block's columns of the item's rows, when all warps of the cluster have sent theirs: a warp merges a row, the
@@ -416,7 +407,6 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
   int const rank = blockIdx.x & (blocks - 1);
   static_assert(HopperDecodeTile::most_cluster * Config::warps <= 32);
   if (acts) shared.received_all()->wait(0);
-  DECODE_MARK(7);
 #pragma unroll 1
   for (int row = warp; row < part.valid_rows; row += Config::warps) {
     // Lane l has the weight of source l.
@@ -445,7 +435,8 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
         int const source = j * 8 + lane / 4;
         float const w = __shfl_sync(0xffffffffu, weight, source);
         if (acts && source < sources && column < columns) {
-          float4 const x = *reinterpret_cast<float4 const*>(shared.received() + (row * sources + source) * columns + column);
+          float4 const x =
+              *reinterpret_cast<float4 const*>(shared.received() + (row * sources + source) * columns + column);
           sum.x += w * x.x, sum.y += w * x.y, sum.z += w * x.z, sum.w += w * x.w;
         }
       }
@@ -459,7 +450,8 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
       sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
       if (lane < 4 && column < columns && rank * columns + column < p.head_dim) {
         if (part.slot >= 0) {
-          float* const to = p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + rank * columns + column;
+          float* const to =
+              p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + rank * columns + column;
           if (acts) *reinterpret_cast<float4*>(to) = sum;
         } else {
           using P = sm80::Precision<Element>;
@@ -478,8 +470,8 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
 }
 
 template <class Config>
-__device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
-                                        int warp, int lane) {
+__device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared,
+                                        Work<Config>& work, int warp, int lane) {
   using Element = typename Config::Element;
   using Queries = sm80::SharedTile<Config::head_dim>;
   constexpr int head_dim = Config::head_dim, slices = Config::slices, rows = Config::rows, tile_k = Config::tile_k;
@@ -487,7 +479,6 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   sm80::DecodeParams const& p = a.p;
   DecodePart const& part = shared.part();
 
-  DECODE_MARK(2);
   // The queries are asked for before the keys, too, where the lengths do not say whose.
   bool const known = a.even.divisor > 0;
   DecodePart place_of_q;
@@ -530,8 +521,6 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     int const tile = part.first + i * part.step, first = tile * tile_k + tile_key;
     char* const stage_keys = shared.keys(place.stage);
     shared.full_keys()[place.stage].wait(place.phase);
-    if (i == 0) DECODE_MARK(3);
-    if (i + 1 == count) DECODE_MARK(12);
     bool const here = (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
     bool const patched = here && first + Config::warp_keys > part.cached;
     auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile) {
@@ -549,8 +538,9 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     work.scores(s, from_q, shared_address(stage_keys) + lane_k);
     if (!p.plain_score) work.transform(s, p.score);
     if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
-      work.hide(s, cache_mask(p, part.keys), first, part.first_row,
-                [&](int row) { return a.group.quotient(row); }, here, lane);
+      work.hide(
+          s, cache_mask(p, part.keys), first, part.first_row, [&](int row) { return a.group.quotient(row); }, here,
+          lane);
     }
     work.softmax(s, weights, p.score.factor);
 
@@ -565,12 +555,10 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     if (lane == 0) shared.empty()[place.stage].arrive();
     place.advance(shared.stages);
   }
-  DECODE_MARK(4);
   if (count <= 0 && part.ahead) {  // a tile was asked for in vain: it is to arrive before its place is used
     shared.full_keys()[0].wait(0);
     shared.full_values()[0].wait(0);
   }
-
 }
 
 // The end of a part. The producer's warp goes the same way before the consumers get there and does nothing on it
@@ -604,7 +592,6 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     }
   }
   if (acts) consumers_sync(consumers);  // the states are there, and nobody reads the stages any more
-  DECODE_MARK(5);
 #pragma unroll
   for (int m = 0; m < slices; ++m) {
 #pragma unroll
@@ -655,13 +642,12 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
       float* const out = p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + piece * 4;
       if (acts) *reinterpret_cast<float4*>(out) = sum;
     } else {
-      Element* const out = static_cast<Element*>(p.o.data) +
-                           row_offset(p.o, part.sequence, row_place(a, part, row)) + piece * 4;
+      Element* const out =
+          static_cast<Element*>(p.o.data) + row_offset(p.o, part.sequence, row_place(a, part, row)) + piece * 4;
       using P = sm80::Precision<Element>;
       if (acts) *reinterpret_cast<uint2*>(out) = {P::pack(sum.x, sum.y), P::pack(sum.z, sum.w)};
     }
   }
-  DECODE_MARK(6);
 }
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
@@ -671,7 +657,6 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     decode_kernel(__grid_constant__ DecodeArguments const a) {
   extern __shared__ __align__(1024) char memory[];
   DecodeMemory<Config> const shared{memory, a.p.stages};
-  DECODE_MARK(0);
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == Config::warps) {
     if (lane == 0) {
@@ -690,14 +675,11 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   if (a.log_cluster > 0) cluster_arrive();
   sm80::wait_for_primary();
   sm80::let_dependents_launch();
-  DECODE_MARK(1);
 
   Work<Config> work;
   if (warp == Config::warps) {
-    DECODE_MARK(9);
     work.clear();
     produce<Config>(a, shared, lane);
-    DECODE_MARK(11);
   } else {
     consume<Config>(a, shared, work, warp, lane);
   }
@@ -706,37 +688,35 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     return;
   }
   finish<Config>(a, shared, work, warp, lane, warp != Config::warps);
-  DECODE_MARK(8);
 }
 
 template <class Config>
-void run_decode(sm80::DecodeParams const& p, DecodeParts const& parts, int even, Plan const& plan,
-                cudaStream_t stream) {
+void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const paged = p.page_table != nullptr;
   int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
   // One box brings all columns where they are whole panels, and a tile's keys lie in one page.
   bool const whole = p.head_dim == 64 * Config::panels && box_rows == Config::tile_k;
   auto const cache = [&](Rows<void const*> const& rows) {
-    return tensor_map({rows.data,
-                       dtype,
-                       whole ? 64 : p.head_dim,
-                       {paged ? p.page_size : p.seqlen_k, whole ? Config::panels : 1, p.heads_k,
-                        paged ? p.pages : p.batch},
-                       {rows.row_stride, 64, rows.head_stride, rows.batch_stride},
-                       {box_rows, whole ? Config::panels : 1}});
+    return tensor_map(
+        {rows.data,
+         dtype,
+         whole ? 64 : p.head_dim,
+         {paged ? p.page_size : p.seqlen_k, whole ? Config::panels : 1, p.heads_k, paged ? p.pages : p.batch},
+         {rows.row_stride, 64, rows.head_stride, rows.batch_stride},
+         {box_rows, whole ? Config::panels : 1}});
   };
   auto const log2_of_power = [](int x) { return std::countr_zero(static_cast<unsigned>(x)); };
   DecodeArguments const arguments{cache(p.k),
                                   cache(p.v),
                                   p,
-                                  parts,
+                                  p.parts,
                                   Divisor::of(p.group),
                                   Divisor::of(p.row_tiles),
                                   log2_of_power(box_rows),
                                   paged ? log2_of_power(p.page_size) : 0,
                                   whole ? 1 : Config::panels,
-                                  even > 0 ? Divisor::of(even) : Divisor{0},
+                                  p.even > 0 ? Divisor::of(p.even) : Divisor{0},
                                   log2_of_power(plan.cluster)};
 
   auto const kernel = decode_kernel<Config>;

@@ -1,10 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a warp finds a part of the work, or an item's parts, among all sequences.
+// What the Hopper decode kernel and the merge of its parts share: their arguments, and how a warp finds a part of the
+// work, or an item's parts, among all sequences.
 #pragma once
 
 #include "attention/decode_parts.h"
+#include "sm80/decode_params.h"
 
 namespace flashcore::sm90 {
+
+// The arguments of a plan's kernel, as far as decode_kernel.cuh does not make them.
+struct DecodeParams : sm80::DecodeParams {
+  DecodeParts parts;
+  int even;  // parts of each item, where the lengths do not matter; else 0
+};
 
 // A sequence among the parts of all.
 struct FoundSequence {
@@ -16,8 +24,8 @@ struct FoundSequence {
 };
 
 // All lanes of a warp together find the sequence with part `part`, or sequence `sequence` where that is not -1. Each
-// lane has consecutive sequences: it counts their tiles, then their parts, and the one that has what is looked for walks
-// to it.
+// lane has consecutive sequences: it counts their tiles, then their parts, and the one that has what is looked for
+// walks to it.
 __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, DecodeParts const& parts, int part,
                                                        int sequence, int lane) {
   int const sequences = (p.batch + 31) / 32, first = lane * sequences, end = min_of(first + sequences, p.batch);

@@ -10,10 +10,10 @@ namespace {
 struct HopperDecodeTile {
   int head_dim, slices;  // of 16 rows
 
-  static constexpr int warps = 4;          // of consumers, beside the producer's
-  static constexpr int warp_keys = 16;     // of a tile of 64 keys, each warp's own
-  static constexpr int most_stages = 8;    // tiles of keys on their way
-  static constexpr int most_cluster = 8;   // blocks that share an item and merge it: a lane of a warp for each of their warps
+  static constexpr int warps = 4;         // of consumers, beside the producer's
+  static constexpr int warp_keys = 16;    // of a tile of 64 keys, each warp's own
+  static constexpr int most_stages = 8;   // tiles of keys on their way
+  static constexpr int most_cluster = 8;  // blocks that share an item: a lane of a warp merges for each of their warps
 
   FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
   // Two blocks share a multiprocessor's registers where the accumulators are few.
