@@ -29,7 +29,10 @@ def both(arrays, lengths, tokens, heads, head_dim, options, what, **more):
         decoding = make(arrays, lengths, tokens, heads, head_dim, **more)
         results.append(decoding.run(options, f"{backend} {what}", backend=backend, **call))
     for out, lse in results[1:]:
-        assert float(abs(arrays.float64(out) - arrays.float64(results[0][0])).max()) < 1e-2, what
+        first, other = arrays.float64(results[0][0]), arrays.float64(out)
+        assert bool((abs(other - first) <= 1e-2 + abs(first) / 64).all()), (
+            what
+        )  # what rounding to bfloat16 may differ by
         seen = results[0][1] > -1e30
         assert bool((seen == (lse > -1e30)).all()), what
         if bool(seen.any()):
