@@ -5,8 +5,8 @@ kernels consist of what they were written for.
 python .ci/check_kernels.py <cuobjdump> <module>, with nvdisasm beside cuobjdump. Prints how many registers the kernels
 use and how many of Hopper's instructions there are; exits with 1 and names the kernels where one has a stack (spilled
 registers, arrays that the compiler could not keep in registers) or local memory, where a forward kernel for sm_90a,
-or one for small problems, has no wgmma (HGMMA) or no TMA load (UTMALDG), or where the module holds no kernel, or none
-for sm_90a, at all.
+or one for small problems, has no wgmma (HGMMA) or no TMA load (UTMALDG), or one for decoding no TMA load, or where the
+module holds no kernel, or none for sm_90a, at all.
 """
 
 import os
@@ -16,9 +16,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-NEEDED = ("HGMMA", "UTMALDG")
+NEEDED = {"forward_kernel": ("HGMMA", "UTMALDG"), "small_kernel": ("HGMMA", "UTMALDG"), "decode_kernel": ("UTMALDG",)}
+HOPPER = ("HGMMA", "UTMALDG")
 FORBIDDEN = ("LDL", "STL")  # local memory: what the resource usage calls a stack
-INSTRUCTION = re.compile(rf"/\*[0-9a-f]{{4,}}\*/.*?\b({'|'.join(NEEDED + FORBIDDEN)})\b")
+INSTRUCTION = re.compile(rf"/\*[0-9a-f]{{4,}}\*/.*?\b({'|'.join(HOPPER + FORBIDDEN)})\b")
 
 
 def kernels(dump: str):
@@ -35,7 +36,7 @@ def kernels(dump: str):
 
 
 def instructions(cuobjdump: str, module: str) -> dict[str, Counter]:
-    """How often each of the sm90 forward and small kernels has the instructions above, by mangled name."""
+    """How often each of the sm90 kernels has the instructions above, by mangled name."""
     found: dict[str, Counter] = {}
     counts = None
     command = [cuobjdump, "--gpu-architecture", "sm_90a", "--dump-sass", module]
@@ -43,7 +44,7 @@ def instructions(cuobjdump: str, module: str) -> dict[str, Counter]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path}) as process:
         for line in process.stdout:
             if match := re.match(r"\s*Function : (\S+)", line):
-                ours = "sm90" in match[1] and ("forward_kernel" in match[1] or "small_kernel" in match[1])
+                ours = "sm90" in match[1] and any(kernel in match[1] for kernel in NEEDED)
                 counts = found.setdefault(match[1], Counter()) if ours else None
             elif counts is not None and (match := INSTRUCTION.search(line)):
                 counts[match[1]] += 1
@@ -68,12 +69,13 @@ def main() -> int:
         errors.append(f"{module} holds no kernel")
 
     hopper = instructions(cuobjdump, module)
-    for opcode in NEEDED:
-        counts = [counts[opcode] for counts in hopper.values()]
+    needed = {name: next(NEEDED[kernel] for kernel in NEEDED if kernel in name) for name in hopper}
+    for opcode in HOPPER:
+        counts = [counts[opcode] for name, counts in hopper.items() if opcode in needed[name]]
         if counts:
             print(f"sm_90a: {min(counts)} to {max(counts)} {opcode} in each of {len(counts)} kernels")
     for name, counts in hopper.items():
-        errors += [f"sm_90a {name}: no {opcode}" for opcode in NEEDED if not counts[opcode]]
+        errors += [f"sm_90a {name}: no {opcode}" for opcode in needed[name] if not counts[opcode]]
         errors += [f"sm_90a {name}: {counts[opcode]} {opcode}" for opcode in FORBIDDEN if counts[opcode]]
     if not hopper:
         errors.append(f"{module} holds no forward kernel for sm_90a")

@@ -4,7 +4,8 @@ test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that r
 
     python tests/gpu_instances.py [PART ...]
 
-A part is a backend's forward kernels, or "combine", "decode" or "small". Without parts: all that the GPU has."""
+A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all) or "small".
+Without parts: all that the GPU has."""
 
 from __future__ import annotations
 
@@ -140,56 +141,54 @@ def varlen(backend: str) -> None:
         check(cpu, out, lse, tensors, cu_q, cu_k, options, used, f"{backend} varlen {head_dim} {group}")
 
 
-# Tokens, heads_q, heads_k: one slice of rows, two, and several tiles of them.
-DECODED = ((1, 4, 2), (3, 16, 2), (5, 22, 2))
+# Tokens, heads_q, heads_k: one slice of rows, two, and several tiles of them; on Hopper parts and clusters.
+DECODED = ((1, 4, 2), (3, 16, 2), (5, 22, 2), (1, 16, 8))
 
 
-def decode() -> set[str]:
-    """Sequences of all kinds of lengths, whole and divided among blocks, contiguous and in pages, with new tokens."""
+def decode(machines) -> set[str]:
+    """Sequences of all kinds of lengths and single ones, whole and divided among blocks, contiguous and in pages, with
+    new tokens, on each machine's kernel."""
     ran = set()
     case = 0
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS + PADDED:
             for tokens, *heads in DECODED if head_dim in HEAD_DIMS else DECODED[:1]:
-                case += 1
-                options = (Options(causal=True), Options(causal=True, softcap=20.0), Options(window=(70, 3)))[case % 3]
-                decoding = make_decoding(
-                    cpu,
-                    [700, 0, 64, 2999, 1],
-                    tokens,
-                    tuple(heads),
-                    head_dim,
-                    dtype,
-                    new=case % 3 * 2,
-                    page_size=(0, 16, 64, 256)[case % 4],
-                    seed=case,
-                )
-                given = {
-                    name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in decoding.keywords().items()
-                }
-                arrays = [
-                    x.cuda() for x in (decoding.query, decoding.key_cache, decoding.value_cache, decoding.seqlens())
-                ]
-                given.update(options.keywords(), batch_invariant=case % 5 == 0)
-                out, lse = flashcore.attention_kvcache(*arrays, return_lse=True, **given)
-                what = f"decode {dtype} {head_dim} {tokens} {heads} {options}"
-                decoding.check(out.cpu(), lse.cpu(), options, what)
-                before = decoding.key_cache, decoding.value_cache
-                decoding.key_cache, decoding.value_cache = arrays[1].cpu(), arrays[2].cpu()
-                decoding.check_written(before)
-                query, cache = (tuple(x.shape) for x in arrays[:2])
-                table = given.get("page_table")
-                plan = flashcore.plan(
-                    query,
-                    cache,
-                    cache,
-                    cache_seqlens=(len(decoding.lengths),),
-                    page_table=None if table is None else tuple(table.shape),
-                    dtype=dtype,
-                    device="cuda",
-                )
-                ran.add(f"{plan.kernel} {dtype} head_dim {plan.head_dim} tile {plan.tile_q} x {plan.tile_k}")
+                for lengths in ([700, 0, 64, 2999, 1], [1700]):
+                    case += 1
+                    for backend in machines:
+                        ran.add(decode_once(dtype, head_dim, tokens, tuple(heads), lengths, case, backend))
     return ran
+
+
+def decode_once(
+    dtype: str, head_dim: int, tokens: int, heads: tuple, lengths: list[int], case: int, backend: str
+) -> str:
+    options = (Options(causal=True), Options(causal=True, softcap=20.0), Options(window=(70, 3)))[case % 3]
+    new, page_size = case % 3 * 2, (0, 16, 64, 256)[case // 2 % 4]
+    decoding = make_decoding(cpu, lengths, tokens, heads, head_dim, dtype, new=new, page_size=page_size, seed=case)
+    given = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in decoding.keywords().items()}
+    arrays = [x.cuda() for x in (decoding.query, decoding.key_cache, decoding.value_cache, decoding.seqlens())]
+    given.update(options.keywords(), batch_invariant=case % 5 == 0, backend=backend)
+    out, lse = flashcore.attention_kvcache(*arrays, return_lse=True, **given)
+    what = f"decode {backend} {dtype} {head_dim} {tokens} {heads} {lengths} {options}"
+    decoding.check(out.cpu(), lse.cpu(), options, what)
+    before = decoding.key_cache, decoding.value_cache
+    decoding.key_cache, decoding.value_cache = arrays[1].cpu(), arrays[2].cpu()
+    decoding.check_written(before)
+    query, cache = (tuple(x.shape) for x in arrays[:2])
+    table = given.get("page_table")
+    plan = flashcore.plan(
+        query,
+        cache,
+        cache,
+        cache_seqlens=(len(lengths),),
+        page_table=None if table is None else tuple(table.shape),
+        dtype=dtype,
+        device="cuda",
+        backend=backend,
+    )
+    assert plan.backend == backend
+    return f"{plan.kernel} {dtype} head_dim {plan.head_dim} tile {plan.tile_q} x {plan.tile_k}"
 
 
 def combine() -> set[str]:
@@ -205,8 +204,9 @@ def combine() -> set[str]:
 
 
 if __name__ == "__main__":
-    alone = {"combine": combine, "decode": decode, "small": small}
     machines = backends("cuda")
+    named = [part for part in sys.argv[1:] if part in machines] or machines
+    alone = {"combine": combine, "decode": lambda: decode(named), "small": small}
     ran = set()
     for part in sys.argv[1:] or [*(name for name in alone if name != "small" or "sm90" in machines), *machines]:
         if part in alone:

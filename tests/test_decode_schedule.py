@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the decode kernel divides the keys of all sequences among its blocks, and what plan() says of it: the kernel's
+"""How the decode kernels divide the keys of all sequences among their blocks, and what plan() says of it: the kernels'
 own arithmetic, on the host."""
 
 from __future__ import annotations
@@ -96,6 +96,76 @@ def check_quick(lengths, capacity, blocks, sequence):
     return found
 
 
+# --- Hopper's parts ---------------------------------------------------------------------------------------------------
+
+
+def check_parts(lengths, capacity, tokens, new, window, lines, aimed, alike, most_parts):
+    parts = _core.decode_parts(lengths, capacity, tokens, new, *window, lines, aimed, alike, most_parts)
+    clamped = [min(max(n, 0), capacity - new) for n in lengths]
+    assert len(parts) == len(lengths)
+    for length, (tiles, count) in zip(clamped, parts, strict=True):
+        begin, end = seen_tiles(length, tokens, new, *window)
+        assert tiles == end - begin
+        assert 1 <= count <= max(tiles, 1)  # none is empty, but somebody writes the zeros of no keys
+        assert most_parts == 0 or count <= most_parts
+    if most_parts == 0:  # no more than the grid has blocks
+        assert lines * sum(count for _, count in parts) <= max(
+            len(lengths) * lines * alike, len(lengths) * lines + aimed
+        )
+    return parts
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_parts(device, seed):
+    rng = random.Random(seed)
+    tokens, new = rng.choice((1, 2, 5, 16)), rng.choice((0, 0, 1, 3, 70))
+    capacity = rng.choice((128, 640, 4096))
+    batch = rng.choice((1, 2, 7, 33, 70))
+    lengths = [rng.choice((0, 1, 64, rng.randrange(capacity), capacity - new)) for _ in range(batch)]
+    window = rng.choice(((UNLIMITED, UNLIMITED), (UNLIMITED, 0), (100, 0), (0, 0), (300, 20)))
+    lines, aimed, alike = rng.choice((1, 3, 8)), rng.choice((1, 2, 13, 264)), rng.choice((1, 2, 4))
+    check_parts(lengths, capacity, tokens, new, window, lines, aimed, alike, rng.choice((0, 0, 8, 128)))
+    check_parts([lengths[0]] * batch, capacity, tokens, new, window, lines, aimed, alike, 0)
+
+
+def test_parts_of_clamped_lengths(device):
+    check_parts([-5, 2**31 - 1, -(2**31), 100], 256, 1, 2, (UNLIMITED, 0), 2, 10, 1, 0)
+
+
+def test_sequences_alike_are_divided_alike(device):
+    """Sequences of about the same length into as many parts as plan() says, others by the keys of all."""
+    whole = (UNLIMITED, 0)
+    for alike in (1, 2, 4):
+        parts = check_parts([8192, 8000, 7500], 8192, 1, 0, whole, 8, 1056, alike, 0)
+        assert [count for _, count in parts] == [alike] * 3
+    parts = check_parts([8192, 64, 4096], 8192, 1, 0, whole, 8, 264, 1, 0)
+    assert [count for _, count in parts] == [22, 1, 11]  # 193 tiles of 8 heads: six tiles a part
+
+
+@pytest.mark.parametrize("length", [0, 1, 255, 257, 33000, 131072])
+def test_batch_invariant_parts_depend_on_the_length_alone(device, length):
+    """On Hopper as many as sm80's kernel makes."""
+    for lengths in ([length], [7, length, 131072]):
+        parts = check_parts(lengths, 131072, 1, 0, (UNLIMITED, 0), 8, 264, 1, 16)
+        assert parts[lengths.index(length)][1] == len(check_quick([length], 131072, 7, 0))
+
+
+def test_division_by_multiplication(device):
+    rng = random.Random(1)
+    divisors = [
+        *range(1, 200),
+        2**16 - 1,
+        2**16,
+        2**16 + 1,
+        2**30,
+        2**31 - 1,
+        *(rng.randrange(1, 2**31) for _ in range(99)),
+    ]
+    for d in divisors:
+        for x in (0, 1, d - 1, d, min(2 * d - 1, 2**31 - 1), 2**31 - 1, *(rng.randrange(2**31) for _ in range(20))):
+            assert _core.divide(x, d) == x // d, (x, d)
+
+
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 GPUS = {"h100": 132, "h200": 132, "a100": 108, "l4": 58, "rtx4090": 128, "b200": 148}
@@ -119,13 +189,16 @@ def decode_plan(gpu, batch=1, tokens=1, heads_q=32, heads_k=8, head_dim=128, key
     )
 
 
+HOPPER = ("h100", "h200")
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 96, 128, 136, 192, 200, 256])
 @pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 16), (16, 8)])
 def test_plan(device, gpu, head_dim, rows):
     tokens, group = rows
     for page_size in (0, 16, 256):
-        p = decode_plan(gpu, 3, tokens, 2 * group, 2, head_dim, 4096, page_size)
+        p = decode_plan(gpu, 3, tokens, 2 * group, 2, head_dim, 4096, page_size, backend="sm80")
         assert p.backend == "sm80" and p.kernel == "sm80_decode" and p.threads == 128 and p.tile_k == TILE
         assert p.head_dim == next(d for d in (64, 96, 128, 192, 256) if d >= head_dim)
         assert p.packed_heads == group
@@ -138,22 +211,66 @@ def test_plan(device, gpu, head_dim, rows):
         # Two slots a block, each of the rows' outputs and log-sum-exp.
         assert p.workspace == 2 * p.blocks * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
         assert gpu in p.reason
-        assert decode_plan(gpu, 3, tokens, 2 * group, 2, head_dim, 4096, page_size, dtype="float16") == p
+        options = {"dtype": "float16", "backend": "sm80"}
+        assert decode_plan(gpu, 3, tokens, 2 * group, 2, head_dim, 4096, page_size, **options) == p
+        chosen = decode_plan(gpu, 3, tokens, 2 * group, 2, head_dim, 4096, page_size)
+        assert chosen.backend == ("sm90" if gpu in HOPPER else "sm80")
+
+
+@pytest.mark.parametrize("gpu", HOPPER)
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 136, 192, 200, 256])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 16), (16, 8)])
+def test_plan_on_hopper(device, gpu, head_dim, rows):
+    tokens, group = rows
+    for batch, page_size in ((1, 0), (1, 16), (40, 0), (40, 256)):
+        p = decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size)
+        assert p.backend == "sm90" and p.threads == 160 and p.tile_k == TILE and p.packed_heads == group
+        assert p.head_dim == next(d for d in (64, 128, 192, 256) if d >= head_dim)
+        assert p.tile_q == (32 if tokens * group > 16 and head_dim <= 128 else 16)
+        assert p.shared_memory <= BLOCK_BYTES[gpu]
+        row_tiles = -(-tokens * group // p.tile_q)
+        items = batch * 2 * row_tiles
+        assert p.tiles == items * 128
+        assert p.kernel == "sm90_decode" and p.blocks >= items
+        if batch == 1:  # as long as itself: as many parts as blocks that run at once
+            assert p.blocks == items * p.splits <= 2 * GPUS[gpu] < 2 * GPUS[gpu] + items and p.splits > 1
+        else:
+            assert items < p.blocks and p.splits > 1
+        assert p.workspace == p.blocks * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
+        stage = 2 * 64 * 128 * -(-p.head_dim // 64)
+        assert p.shared_memory >= 2 * stage  # two tiles on their way
+        assert decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size, backend="sm90") == p
+
+
+def test_plan_of_clusters(device):
+    """One sequence with few rows and about eight key heads: clusters that merge by themselves."""
+    for heads_k, cluster in ((8, 8), (6, 8), (16, 4), (12, 4)):
+        for page_size in (0, 64):
+            p = decode_plan("h100", 1, 1, 2 * heads_k, heads_k, page_size=page_size)
+            assert p.blocks == heads_k * cluster and p.splits == 1 and p.workspace == 0
+            assert f"a cluster of {cluster} blocks each" in p.reason
+    for options in ({"tokens": 4}, {"page_size": 16}, {"batch": 2}, {"batch_invariant": True}, {"keys": 256}):
+        p = decode_plan("h100", **options)
+        assert p.kernel == "sm90_decode" and p.workspace > 0 and "a block each" in p.reason, options
 
 
 def test_plan_keeps_memory_busy(device):
-    """On Hopper two blocks a multiprocessor, and tiles of 64 KiB and more on their way."""
+    """On Hopper tiles of 128 KiB and more on their way to a multiprocessor; forced, sm80 has 64."""
     for head_dim in (64, 128):
         p = decode_plan("h100", 8, head_dim=head_dim, keys=8192)
+        assert p.kernel == "sm90_decode" and 2 * (p.shared_memory - 2048 - p.tile_q * p.head_dim * 2) >= 128 << 10
+        p = decode_plan("h100", 8, head_dim=head_dim, keys=8192, backend="sm80")
         assert p.blocks == 2 * 132
         assert 2 * (p.shared_memory - p.tile_q * p.head_dim * 2) >= 64 << 10
 
 
 def test_plan_without_parts(device):
-    """One block or one tile a sequence needs no workspace."""
+    """One tile a sequence needs no workspace; nothing to compute is sm80's."""
     assert decode_plan("h100", 1, 1, 8, 8, 64, keys=64).workspace == 0
     assert decode_plan("h100", 500, 1, 8, 8, 64, keys=64).workspace == 0
-    assert decode_plan("h100", 1, 1, 4, 1, 64, keys=128).workspace > 0
+    assert decode_plan("h100").workspace == 0  # a cluster's blocks merge by themselves
+    assert decode_plan("h100", 90, 1, 4, 1, 64, keys=128).workspace > 0
+    assert decode_plan("a100", 1, 1, 4, 1, 64, keys=128).workspace > 0
     assert decode_plan("h100", 0, keys=128).blocks == 0
     assert decode_plan("h100", 1, 0, keys=128).blocks == 0
 
@@ -180,8 +297,8 @@ def test_plan_on_the_cpu(device):
 
 
 def test_plan_refuses(device):
-    with pytest.raises(ValueError, match="backend"):
-        decode_plan("h100", backend="sm90")
+    with pytest.raises(RuntimeError, match="9.0"):
+        decode_plan("a100", backend="sm90")
     with pytest.raises(ValueError, match="backend"):
         decode_plan("h100", backend="cpu")
     with pytest.raises(ValueError, match="backend"):

@@ -111,7 +111,8 @@ def bad_rows():
     yield Row(
         "out shape", lambda a, c: {"out": a.poison((2, 1, 2, 64), a.half)}, ValueError, "out", "2, 1, 2", "2, 1, 4"
     )
-    yield Row("sm90", lambda a, c: {"backend": "sm90"}, ValueError, "backend", "sm90", ("sm80", "cpu"))
+    yield Row("sm90", lambda a, c: {"backend": "sm90"}, ValueError, "backend", "sm90", "cpu", only="cpu")
+    yield Row("cpu", lambda a, c: {"backend": "cpu"}, ValueError, "backend", "cpu", ("sm80", "sm90"), only="cuda")
     yield Row("layout", lambda a, c: {"layout": "sbhd"}, ValueError, "layout", "sbhd", "bhsd")
     yield Row("window", lambda a, c: {"window": (-1, 0)}, ValueError, "window", "-1", "non-negative")
     yield Row("out is query", lambda a, c: {"out": c["query"]}, ValueError, "out", "query", "")

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// _core.decode_schedule: how the decode kernel would divide the work, for the tests. The blocks' warps find their place
-// in the line together; here it is found sequence by sequence, and all else is the kernel's own arithmetic.
-#include "attention/decode_schedule.h"
+// _core.decode_schedule and _core.decode_parts: how the decode kernels of sm80 and sm90 would divide the work, for the
+// tests. A block's warps find its place together; here it is found sequence by sequence, and all else is the kernels'
+// own arithmetic.
+#include "attention/decode_parts.h"
 
 #include <nanobind/stl/vector.h>
 
@@ -17,8 +18,8 @@ using namespace nb::literals;
 
 namespace {
 
-nb::tuple decode_schedule(const std::vector<int>& lengths, int capacity, int tokens, int new_tokens, int window_left,
-                          int window_right, int lines, int blocks, int most_parts) {
+KvCacheParams lengths_of(const std::vector<int>& lengths, int capacity, int tokens, int new_tokens, int window_left,
+                         int window_right) {
   KvCacheParams p{};
   p.batch = static_cast<int>(lengths.size());
   p.cache_seqlens = lengths.data();
@@ -27,6 +28,12 @@ nb::tuple decode_schedule(const std::vector<int>& lengths, int capacity, int tok
   p.new_tokens = new_tokens;
   p.window_left = window_left < 0 ? unlimited : window_left;
   p.window_right = window_right < 0 ? unlimited : window_right;
+  return p;
+}
+
+nb::tuple decode_schedule(const std::vector<int>& lengths, int capacity, int tokens, int new_tokens, int window_left,
+                          int window_right, int lines, int blocks, int most_parts) {
+  KvCacheParams const p = lengths_of(lengths, capacity, tokens, new_tokens, window_left, window_right);
   DecodeSchedule const schedule{blocks, lines, most_parts};
 
   std::vector<int64_t> before{0};
@@ -60,6 +67,26 @@ nb::tuple decode_schedule(const std::vector<int>& lengths, int capacity, int tok
   return nb::make_tuple(parts, merges);
 }
 
+nb::list decode_parts(const std::vector<int>& lengths, int capacity, int tokens, int new_tokens, int window_left,
+                      int window_right, int lines, int aimed, int alike, int most_parts) {
+  KvCacheParams const p = lengths_of(lengths, capacity, tokens, new_tokens, window_left, window_right);
+  DecodeParts const parts{Divisor::of(lines), Divisor::of(aimed),     Divisor::of(alike), p.batch,
+                          most_parts,         Divisor::of(most_parts)};
+  auto const tiles = [&](int b) { return parts.range(p, cached_keys(p, b) + p.new_tokens).count(); };
+  int total = 0, longest = 0;
+  for (int b = 0; b < p.batch; ++b) {
+    total += tiles(b);
+    longest = max_of(longest, tiles(b));
+  }
+  nb::list found;  // (tiles, parts of an item) of each sequence
+  for (int b = 0; b < p.batch; ++b) {
+    found.append(nb::make_tuple(tiles(b), parts.parts(tiles(b), parts.part_tiles(total, longest))));
+  }
+  return found;
+}
+
+int divide(int x, int divisor) { return Divisor::of(divisor).quotient(x); }
+
 }  // namespace
 
 void bind_schedule(nb::module_& m) {
@@ -68,7 +95,15 @@ void bind_schedule(nb::module_& m) {
       "window_right"_a, "lines"_a, "blocks"_a, "most_parts"_a,
       nb::sig("def decode_schedule(lengths: list[int], capacity: int, tokens: int, new_tokens: int, window_left: int, "
               "window_right: int, lines: int, blocks: int, most_parts: int) -> tuple[list, list]"),
-      "How the decode kernel divides its work: parts, and what is merged. A window side below 0 is none. For tests.");
+      "How sm80's decode kernel divides its work: parts, and what is merged. A window side below 0 is none. For "
+      "tests.");
+  m.def("decode_parts", &decode_parts, "lengths"_a, "capacity"_a, "tokens"_a, "new_tokens"_a, "window_left"_a,
+        "window_right"_a, "lines"_a, "aimed"_a, "alike"_a, "most_parts"_a,
+        nb::sig("def decode_parts(lengths: list[int], capacity: int, tokens: int, new_tokens: int, window_left: int, "
+                "window_right: int, lines: int, aimed: int, alike: int, most_parts: int) -> list"),
+        "Each sequence's tiles of keys, and the parts that they fall into on Hopper. For tests.");
+  m.def("divide", &divide, "x"_a, "divisor"_a, nb::sig("def divide(x: int, divisor: int) -> int"),
+        "x / divisor as Hopper's decode kernel divides. For tests.");
 }
 
 }  // namespace flashcore

@@ -58,6 +58,12 @@ void launch(const KvCacheProblem& problem, const Plan& plan, void* workspace) {
 #if FLASHCORE_HAS_CUDA
   if (plan.blocks == 0) return;  // no queries and nothing to append
   CurrentDevice const current(problem.query.device.index);
+#if FLASHCORE_HAS_SM90
+  if (plan.backend == Backend::sm90) {
+    sm90::decode(params, dtype, plan, workspace, problem.stream);
+    return;
+  }
+#endif
   sm80::decode(params, dtype, plan, workspace, problem.stream);
 #else
   throw RuntimeError("this build of FlashCore has no CUDA code: install it without FLASHCORE_CUDA=OFF");

@@ -80,8 +80,6 @@ constexpr bool has_sm90 = false;
 constexpr bool has_sm90 = true;
 #endif
 
-bool runs_sm90(const DeviceProperties& device) { return device.compute_capability == 90 && has_sm90; }
-
 constexpr Tile sm80_tiles[] = {
 #define FLASHCORE_SM80_TILE(...) {__VA_ARGS__},
 #include "sm80/tiles.inc"
@@ -168,14 +166,6 @@ Plan plan_sm80(const Problem& problem, const DeviceProperties& device) {
 
 // TMA takes strides from 0 to 2^40 bytes.
 constexpr int64_t tma_limit = int64_t{1} << 40;
-
-bool tma_encodes(const Tensor& tensor) {
-  for (int i = 0; i + 1 < tensor.ndim; ++i) {
-    if (tensor.shape[i] > 1 && (tensor.stride[i] < 0 || tensor.stride[i] >= tma_limit / tensor.dtype.bytes()))
-      return false;
-  }
-  return true;
-}
 
 bool tma_encodes(const Problem& problem) {
   return tma_encodes(problem.query) && tma_encodes(problem.key) && tma_encodes(problem.value);
@@ -381,6 +371,30 @@ Plan plan_sm90(const Problem& problem, const DeviceProperties& device) {
 
 bool plain_score(const Problem& problem) { return problem.softcap == 0.0 && effective_scale(problem) > 1e-30; }
 
+bool runs_sm90(const DeviceProperties& device) { return device.compute_capability == 90 && has_sm90; }
+
+bool tma_encodes(const Tensor& tensor) {
+  for (int i = 0; i + 1 < tensor.ndim; ++i) {
+    if (tensor.shape[i] > 1 && (tensor.stride[i] < 0 || tensor.stride[i] >= tma_limit / tensor.dtype.bytes()))
+      return false;
+  }
+  return true;
+}
+
+void check_sm90(const DeviceProperties& device, bool tma_encodes) {
+  if (!runs_sm90(device)) {
+    throw RuntimeError("backend: got \"sm90\" for " + device.name + ", whose compute capability is " +
+                       capability(device) +
+                       (has_sm90 ? "; these kernels need 9.0 (Hopper)"
+                                 : "; this build has no code for sm_90a (FLASHCORE_CUDA_ARCHS)"));
+  }
+  if (!tma_encodes) {
+    throw ValueError(
+        "backend: got \"sm90\" for arrays with strides that TMA cannot take (negative, or 2^40 bytes or more); "
+        "expected \"sm80\" or None");
+  }
+}
+
 std::string capability(const DeviceProperties& device) {
   return std::to_string(device.compute_capability / 10) + "." + std::to_string(device.compute_capability % 10);
 }
@@ -414,20 +428,7 @@ Plan plan(const Problem& problem, const DeviceProperties& device) {
                        "; FlashCore's kernels need 8.0 (Ampere) or later: move the arrays to the CPU");
   }
   bool const hopper = runs_sm90(device);
-  if (problem.backend == Backend::sm90) {
-    if (!hopper) {
-      throw RuntimeError("backend: got \"sm90\" for " + device.name + ", whose compute capability is " +
-                         capability(device) +
-                         (has_sm90 ? "; these kernels need 9.0 (Hopper)"
-                                   : "; this build has no code for sm_90a (FLASHCORE_CUDA_ARCHS)"));
-    }
-    if (!tma_encodes(problem)) {
-      throw ValueError(
-          "backend: got \"sm90\" for arrays with strides that TMA cannot take (negative, or 2^40 bytes or more); "
-          "expected "
-          "\"sm80\" or None");
-    }
-  }
+  if (problem.backend == Backend::sm90) check_sm90(device, tma_encodes(problem));
   bool const wants_sm80 = problem.backend == Backend::sm80;
   return hopper && !wants_sm80 && tma_encodes(problem) ? plan_sm90(problem, device) : plan_sm80(problem, device);
 }

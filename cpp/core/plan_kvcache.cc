@@ -5,24 +5,31 @@
 #include <algorithm>
 #include <limits>
 
-#include "attention/decode_schedule.h"
+#include "attention/decode_parts.h"
 #include "attention/decode_tile.h"
 #include "core/problem_facts.h"
 #include "flashcore/flashcore.h"
+#include "sm90/decode_tile.h"
 
 namespace flashcore {
 namespace {
 
-constexpr DecodeTile tiles[] = {
+constexpr DecodeTile sm80_tiles[] = {
 #define FLASHCORE_SM80_DECODE(...) {__VA_ARGS__},
 #include "sm80/decode_tiles.inc"
 #undef FLASHCORE_SM80_DECODE
 };
+constexpr HopperDecodeTile sm90_tiles[] = {
+#define FLASHCORE_SM90_DECODE(...) {__VA_ARGS__},
+#include "sm90/decode_tiles.inc"
+#undef FLASHCORE_SM90_DECODE
+};
 
 // The smallest instance that holds the head dimension; with two slices of rows where one is not enough for all.
-const DecodeTile& tile_for(int64_t head_dim, int64_t rows) {
-  const DecodeTile* found = nullptr;
-  for (const DecodeTile& tile : tiles) {
+template <class Tile, size_t count>
+const Tile& tile_for(const Tile (&tiles)[count], int64_t head_dim, int64_t rows) {
+  const Tile* found = nullptr;
+  for (const Tile& tile : tiles) {
     if (tile.head_dim < head_dim || (found && tile.head_dim > found->head_dim)) continue;
     if (!found || rows > found->rows()) found = &tile;
   }
@@ -51,24 +58,38 @@ Occupancy occupancy(const DecodeTile& tile, const DeviceProperties& device) {
   return {1, one};
 }
 
-Plan plan_gpu(const KvCacheProblem& problem, const DeviceProperties& device) {
-  Sizes const s = sizes(problem);
-  int64_t const group = s.heads_k == 0 ? 0 : s.heads_q / s.heads_k, rows = group * s.seqlen_q;
-  DecodeTile const& tile = tile_for(s.head_dim, rows);
-  auto const [blocks_a_unit, stages] = occupancy(tile, device);
-  int64_t const row_tiles = (rows + tile.rows() - 1) / tile.rows(), lines = s.heads_k * row_tiles;
-  int64_t const tiles_a_line = std::max<int64_t>((s.seqlen_k + DecodeSchedule::tile_k - 1) / DecodeSchedule::tile_k, 1);
-  int64_t const most_parts = DecodeSchedule::parts_bound(lines, tiles_a_line);
-  int64_t const items = s.batch * lines;
+// What the problem is to every kernel.
+struct Work {
+  int64_t group, rows;   // query heads of a key head; and times tokens
+  int64_t lines, items;  // tiles of rows of a sequence, and of all
+  int64_t tiles_a_line;  // of keys, at most
 
-  // Everything that is counted below stays within 63 bits.
-  if (static_cast<double>(items) * static_cast<double>(tiles_a_line) > 1LL << 47 ||
-      static_cast<double>(s.batch) * static_cast<double>(s.heads_q) * static_cast<double>(s.seqlen_q) >
-          std::numeric_limits<int32_t>::max()) {
+  Work(const Sizes& s, int tile_rows)
+      : group(s.heads_k == 0 ? 0 : s.heads_q / s.heads_k),
+        rows(group * s.seqlen_q),
+        lines(s.heads_k * ((rows + tile_rows - 1) / tile_rows)),
+        items(s.batch * lines),
+        tiles_a_line(std::max<int64_t>((s.seqlen_k + DecodeSchedule::tile_k - 1) / DecodeSchedule::tile_k, 1)) {}
+};
+
+// Everything that is counted stays within 63 bits.
+void check_countable(const Sizes& s) {
+  Work const work(s, 16);
+  double const rows = static_cast<double>(s.batch) * static_cast<double>(s.heads_q) * static_cast<double>(s.seqlen_q);
+  if (static_cast<double>(work.items) * static_cast<double>(work.tiles_a_line) > 1LL << 47 ||
+      rows > std::numeric_limits<int32_t>::max()) {
     throw ValueError("query: batch " + std::to_string(s.batch) + " times heads " + std::to_string(s.heads_q) +
                      " times tokens " + std::to_string(s.seqlen_q) +
                      " is too much for one call; expected a smaller batch");
   }
+}
+
+Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
+  Sizes const s = sizes(problem);
+  Work const work(s, tile_for(sm80_tiles, s.head_dim, Work(s, 1).rows).rows());
+  DecodeTile const& tile = tile_for(sm80_tiles, s.head_dim, work.rows);
+  auto const [blocks_a_unit, stages] = occupancy(tile, device);
+  int64_t const most_parts = DecodeSchedule::parts_bound(work.lines, work.tiles_a_line);
 
   Plan plan;
   plan.backend = Backend::sm80;
@@ -76,22 +97,112 @@ Plan plan_gpu(const KvCacheProblem& problem, const DeviceProperties& device) {
   plan.head_dim = tile.head_dim;
   plan.tile_q = tile.rows();
   plan.tile_k = DecodeSchedule::tile_k;
-  plan.packed_heads = static_cast<int>(std::max<int64_t>(group, 1));
+  plan.packed_heads = static_cast<int>(std::max<int64_t>(work.group, 1));
   plan.threads = 32 * DecodeTile::warps;
   plan.plain_score = plain_score(options_of(problem));
   plan.shared_memory = tile.shared_memory(stages);
-  plan.tiles = items * tiles_a_line;
-  int64_t const units = problem.batch_invariant ? items * most_parts : plan.tiles;
+  plan.tiles = work.items * work.tiles_a_line;
+  int64_t const units = problem.batch_invariant ? work.items * most_parts : plan.tiles;
   plan.blocks = std::min<int64_t>(units, int64_t{device.units} * blocks_a_unit);
   // New tokens are appended even where nothing asks.
   if (plan.blocks == 0 && s.batch * s.heads_k * new_tokens(problem) > 0) plan.blocks = 1;
   plan.splits = static_cast<int>(
-      problem.batch_invariant ? most_parts : std::min<int64_t>(tiles_a_line, std::max<int64_t>(plan.blocks, 1)));
-  if (plan.splits > 1 && items > 0) {
+      problem.batch_invariant ? most_parts : std::min<int64_t>(work.tiles_a_line, std::max<int64_t>(plan.blocks, 1)));
+  if (plan.splits > 1 && work.items > 0) {
     int64_t const slots = problem.batch_invariant ? units : 2 * plan.blocks;
     // A row's output and its log-sum-exp.
-    plan.workspace = slots * std::min<int64_t>(rows, tile.rows()) * (s.head_dim_v + 1) * 4;
+    plan.workspace = slots * std::min<int64_t>(work.rows, tile.rows()) * (s.head_dim_v + 1) * 4;
   }
+  return plan;
+}
+
+// --- Hopper ----------------------------------------------------------------------------------------------------------
+
+// Parts that are aimed at, beyond one an item, for a multiprocessor, where lengths differ. 64 sequences of 128 to
+// 29,376 keys on an H100: 2: 410 us, 4: 391, 8: 387, 16: 387.
+constexpr int parts_a_unit = 8;
+
+// Blocks of a multiprocessor share its memory with the merge's.
+constexpr int merge_shared_memory = 4096;
+
+bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
+  Sizes const s = sizes(problem);
+  Work const work(s, 16);
+  // The kernel counts tiles, parts and 16-byte pieces of new tokens in 32 bits.
+  auto const fits = [](double x) { return x < std::numeric_limits<int32_t>::max() / 4; };
+  return runs_sm90(device) && tma_encodes(problem.key_cache) && tma_encodes(problem.value_cache) && work.items > 0 &&
+         s.seqlen_k > 0 && problem.key_cache.shape[0] > 0 &&
+         fits(static_cast<double>(work.items) * static_cast<double>(work.tiles_a_line)) &&
+         fits(static_cast<double>(s.batch) * static_cast<double>(s.heads_q) * static_cast<double>(s.seqlen_q)) &&
+         fits(static_cast<double>(s.batch) * static_cast<double>(new_tokens(problem)) *
+              static_cast<double>(s.heads_k * s.head_dim));
+}
+
+// How many blocks, as a cluster, share a part, and how many parts an item falls into where all are about as long.
+struct Division {
+  int cluster, even_parts;
+};
+
+// Where a single sequence's items are so few that as many clusters run at once, a cluster takes one, and nothing is
+// left to merge by another kernel. More than 64 blocks in clusters were slower, whose place on the GPU is not free.
+// H100, 8 key heads, us: 4,096 keys 9.6 (in 32 parts 13.6), 32,768 46.9 (48.9), 131,072 177 (178). With more than 8
+// rows of queries the blocks of a cluster send each other too much (16 rows, 32,768 keys: 56.0, in parts 53.3 or less),
+// and pages of 16 come too slowly for half the multiprocessors (67.2). Elsewhere all blocks that run at once have a
+// part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
+Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
+                     int blocks_a_unit) {
+  constexpr int most_rows = 8, most_blocks = 64, least_blocks = 48;
+  int64_t const page_size = problem.paged() ? problem.key_cache.shape[sequence_axis(problem.layout)] : 64;
+  if (problem.batch_invariant) return {1, 1};
+  if (problem.query.shape[0] == 1 && work.rows <= most_rows && page_size >= 64 && device.units >= 2 * most_blocks) {
+    for (int cluster : {8, 4}) {
+      int64_t const blocks = work.items * cluster;
+      if (blocks >= least_blocks && blocks <= most_blocks && cluster <= work.tiles_a_line) return {cluster, 1};
+    }
+  }
+  int64_t parts = int64_t{device.units} * blocks_a_unit / work.items;
+  if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
+  return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line))};
+}
+
+Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
+  Sizes const s = sizes(problem);
+  Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
+  HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
+  Division const division = division_of(problem, device, work, tile.blocks_a_unit());
+  int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
+  int const cluster_rows = division.cluster > 1 ? part_rows : 0, blocks_a_unit = tile.blocks_a_unit();
+  auto const stages = [&](int blocks) {
+    int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks - 1024;
+    return tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
+  };
+
+  Plan plan;
+  plan.backend = Backend::sm90;
+  plan.kernel = "sm90_decode";
+  plan.head_dim = tile.head_dim;
+  plan.tile_q = tile.rows();
+  plan.tile_k = DecodeParts::tile_k;
+  plan.packed_heads = static_cast<int>(work.group);
+  plan.threads = 32 * (HopperDecodeTile::warps + 1);
+  plan.plain_score = plain_score(options_of(problem));
+  plan.shared_memory = tile.shared_memory(stages(blocks_a_unit), cluster_rows);
+  plan.tiles = work.items * work.tiles_a_line;
+  plan.cluster = division.cluster;
+  plan.even_parts = division.even_parts;
+  int64_t parts = work.items * division.even_parts;
+  if (problem.batch_invariant) {
+    plan.splits = static_cast<int>(DecodeSchedule::parts_bound(work.lines, work.tiles_a_line));
+    parts = work.items * plan.splits;
+  } else if (s.batch > 1) {
+    int64_t const aimed = int64_t{parts_a_unit} * device.units;
+    parts = std::min(plan.tiles, std::max(parts, work.items + aimed));
+    plan.splits = static_cast<int>(std::min({work.tiles_a_line, parts - work.items + 1}));
+  } else {  // one sequence is as long as itself
+    plan.splits = division.even_parts;
+  }
+  plan.blocks = parts * division.cluster;
+  if (plan.splits > 1) plan.workspace = parts * part_rows * (s.head_dim_v + 1) * 4;
   return plan;
 }
 
@@ -103,25 +214,42 @@ Plan plan(const KvCacheProblem& problem, const DeviceProperties& device) {
     plan.splits = problem.batch_invariant ? 1 : cpu_splits(sizes(problem), problem.layout);
     return plan;
   }
-  if (problem.backend == Backend::cpu || problem.backend == Backend::sm90) {
-    throw ValueError(std::string("backend: got \"") + to_string(problem.backend) + "\" for the device " + device.name +
-                     "; attention over a cache has one kernel, expected \"sm80\" or None");
+  if (problem.backend == Backend::cpu) {
+    throw ValueError("backend: got \"cpu\" for the device " + device.name + "; expected \"sm80\", \"sm90\" or None");
   }
   if (device.compute_capability < 80) {
     throw RuntimeError(device.name + " has compute capability " + capability(device) +
                        "; FlashCore's kernels need 8.0 (Ampere) or later: move the arrays to the CPU");
   }
-  return plan_gpu(problem, device);
+  check_countable(sizes(problem));
+  if (problem.backend == Backend::sm90) {
+    check_sm90(device, tma_encodes(problem.key_cache) && tma_encodes(problem.value_cache));
+  }
+  // What is empty or too large to be counted in 32 bits is sm80's.
+  bool const wants_sm80 = problem.backend == Backend::sm80;
+  return decodes_on_sm90(problem, device) && !wants_sm80 ? plan_sm90(problem, device) : plan_sm80(problem, device);
 }
 
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan) {
   if (plan.backend == Backend::cpu) return explain(options_of(problem), device, plan);
-  DecodeTile const tile{plan.head_dim, plan.tile_q / 16};
-  std::string text = device.name + " has compute capability " + capability(device) + ": " +
-                     std::to_string(plan.blocks) + " blocks take equal shares of all sequences' keys, in tiles of " +
-                     std::to_string(plan.tile_k) + " keys, " + std::to_string(tile.stages_of(plan.shared_memory)) +
-                     " of them on their way; a tile of queries has up to " + std::to_string(plan.tile_q) +
-                     " rows, of " + std::to_string(plan.packed_heads) + " query heads of a key head.";
+  bool const hopper = plan.backend == Backend::sm90;
+  int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
+  int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
+                                                                                          plan.cluster > 1 ? rows : 0)
+                            : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
+  std::string const blocks = std::to_string(plan.blocks);
+  std::string text = device.name + " has compute capability " + capability(device) +
+                     (problem.backend == Backend::automatic ? "" : " (backend forced)") + ": ";
+  if (!hopper) {
+    text.append(blocks + " blocks take equal shares of all sequences' keys");
+  } else {
+    text.append("the keys of all sequences fall into at most ");
+    text.append(std::to_string(plan.blocks / plan.cluster) + " parts, ");
+    text.append(plan.cluster == 1 ? "a block each" : "a cluster of " + std::to_string(plan.cluster) + " blocks each");
+  }
+  text += ", in tiles of " + std::to_string(plan.tile_k) + " keys, " + std::to_string(stages) +
+          " of them on their way; a tile of queries has up to " + std::to_string(plan.tile_q) + " rows, of " +
+          std::to_string(plan.packed_heads) + " query heads of a key head.";
   if (problem.batch_invariant) text += " A sequence's length alone decides how its keys are divided.";
   if (plan.workspace > 0) text += " Parts of a sequence are merged in the order of their keys.";
   if (!plan.plain_score) {

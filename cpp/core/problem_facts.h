@@ -29,6 +29,15 @@ inline int sequence_axis(Layout layout) { return layout == Layout::bshd ? 1 : 2;
 // "9.0"
 std::string capability(const DeviceProperties& device);
 
+// Whether the device runs the sm90 kernels of this build.
+bool runs_sm90(const DeviceProperties& device);
+
+// Whether TMA takes an array's strides: from 0 to 2^40 bytes.
+bool tma_encodes(const Tensor& tensor);
+
+// What backend="sm90" needs of device and strides, as an error: RuntimeError, ValueError.
+void check_sm90(const DeviceProperties& device, bool tma_encodes);
+
 // Into how many parts the CPU divides the keys of a problem of fixed length.
 int cpu_splits(const Sizes& sizes, Layout layout);
 

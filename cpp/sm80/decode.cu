@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a plan to an instance of the decode kernel, and the kernel that merges the parts of its items.
+// From a plan to an instance of the decode kernel.
 #include "sm80/decode.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <array>
-#include <atomic>
-
-#include "attention/combine.h"
-#include "core/cuda_check.h"
 #include "flashcore/error.h"
 #include "sm80/decode_params.h"
 
@@ -23,144 +18,11 @@ void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t strea
 
 namespace {
 
-constexpr int merge_warps = 4;
-constexpr int merge_columns = 128;  // of a block: four a lane
-
-__device__ void store_rounded(__half* to, float low, float high) {
-  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(low, high);
-}
-__device__ void store_rounded(__nv_bfloat16* to, float low, float high) {
-  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(low, high);
-}
-
-// One block for a row of the output and 128 of its columns: merges its parts, if it has any, warp w taking parts w, w +
-// 4, and so on. The grid has batch · heads_k · rows times ceil(head_dim / 128) blocks.
-template <class Element>
-__global__ void __launch_bounds__(32 * merge_warps) merge_kernel(__grid_constant__ DecodeParams const p) {
-  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_column = blockIdx.y * merge_columns;
-  int const pair = blockIdx.x / p.rows, row = blockIdx.x - pair * p.rows;
-  int const sequence = pair / p.heads_k, head_k = pair - sequence * p.heads_k;
-  int const line = head_k * p.row_tiles + row / p.tile_rows;
-  LineScan const scan(p, lane);
-  int const units = p.schedule.item(p, sequence).units;
-  int64_t const first = scan.units_before(p, sequence) * p.schedule.lines + int64_t{line} * units;
-  DecodeSchedule::Parts const parts = p.schedule.parts(scan.total(p), first, units);
-  wait_for_primary();
-  if (parts.count == 1) return;
-
-  // 32 parts at once: lane l has the log-sum-exp of the l-th, each warp the columns of its eight, four a lane.
-  constexpr int parts_a_warp = 32 / merge_warps;
-  float4 x[parts_a_warp];
-  float lse;
-  auto const place = [&](int i) { return parts.slot_of(i) * p.part_rows + row % p.tile_rows; };
-  auto const load = [&](int base) {
-    lse = base + lane < parts.count ? __ldcg(p.part_lse + place(base + lane)) : minus_infinity();
-    int const column = first_column + lane * 4;
-#pragma unroll
-    for (int j = 0; j < parts_a_warp; ++j) {
-      int const i = base + warp + merge_warps * j;
-      x[j] = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (i < parts.count && column < p.head_dim) {
-        x[j] = __ldcg(reinterpret_cast<float4 const*>(p.part_out + place(i) * p.head_dim + column));
-      }
-    }
-  };
-  load(0);
-  float max_lse = minus_infinity();
-  auto const take = [&](float y) { max_lse = y > max_lse || y != y ? y : max_lse; };  // a NaN stays
-  take(lse);
-  for (int i = 32 + lane; i < parts.count; i += 32) take(__ldcg(p.part_lse + place(i)));
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) take(__shfl_xor_sync(0xffffffffu, max_lse, step));
-
-  float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-  float weights = 0.0f;
-  for (int base = 0;;) {
-    float const lane_weight = part_weight(lse, max_lse);
-#pragma unroll
-    for (int j = 0; j < parts_a_warp; ++j) {
-      float const weight = __shfl_sync(0xffffffffu, lane_weight, warp + merge_warps * j);
-      weights += weight;
-      sum.x += weight * x[j].x;
-      sum.y += weight * x[j].y;
-      sum.z += weight * x[j].z;
-      sum.w += weight * x[j].w;
-    }
-    base += 32;
-    if (base >= parts.count) break;
-    load(base);
-  }
-
-  __shared__ float4 warp_sum[merge_warps][32];
-  __shared__ float warp_weights[merge_warps];
-  warp_sum[warp][lane] = sum;
-  if (lane == 0) warp_weights[warp] = weights;
-  __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < merge_warps; ++w) total += warp_weights[w];
-  float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
-
-  int const token = row / p.group, head = head_k * p.group + (row - token * p.group);
-  int const column = first_column + threadIdx.x * 2;
-  if (threadIdx.x < merge_columns / 2 && column < p.head_dim) {
-    float2 y{0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < merge_warps; ++w) {
-      float2 const part = reinterpret_cast<float2 const*>(warp_sum[w])[threadIdx.x];
-      y.x += part.x;
-      y.y += part.y;
-    }
-    Element* const out =
-        static_cast<Element*>(p.o.data) + sequence * p.o.batch_stride + token * p.o.row_stride + head * p.o.head_stride;
-    store_rounded(out + column, y.x * inverse, y.y * inverse);
-  }
-  if (threadIdx.x == 0 && first_column == 0 && p.lse != nullptr) {
-    p.lse[(int64_t{sequence} * p.heads_q + head) * p.seqlen_q + token] = merged_lse(max_lse, total);
-  }
-}
-
-// Whether this device runs code that was compiled for 9.0, which has the instructions of a dependent launch; elsewhere
-// (and where the driver compiles PTX of 8.0) the merge is an ordinary launch.
-template <class Kernel>
-bool launches_dependents(Kernel kernel) {
-  constexpr int most_devices = 64;
-  static std::array<std::atomic<int8_t>, most_devices> known{};  // 0: not asked yet, 1: no, 2: yes
-  int device = 0;
-  cuda_check(cudaGetDevice(&device), "asking for the current CUDA device");
-  std::atomic<int8_t>& here = known[static_cast<size_t>(device % most_devices)];
-  if (int8_t const answer = here.load(std::memory_order_relaxed); answer != 0) return answer == 2;
-  cudaFuncAttributes attributes{};
-  cuda_check(cudaFuncGetAttributes(&attributes, kernel), "preparing the merge of the decode kernel");
-  bool const answer = attributes.ptxVersion >= 90;
-  here.store(answer ? 2 : 1, std::memory_order_relaxed);
-  return answer;
-}
-
-template <class Element>
-void merge(DecodeParams const& params, cudaStream_t stream) {
-  auto const kernel = merge_kernel<Element>;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(int64_t{params.batch} * params.heads_k * params.rows),
-                        static_cast<unsigned>(ceil_div(params.head_dim, merge_columns)));
-  config.blockDim = dim3(32 * merge_warps);
-  config.stream = stream;
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  if (launches_dependents(kernel)) {
-    config.attrs = &dependent;
-    config.numAttrs = 1;
-  }
-  cuda_check(cudaLaunchKernelEx(&config, kernel, params), "launching the merge of the decode kernel");
-}
-
 template <class Element>
 bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
 #define FLASHCORE_SM80_DECODE(D, slices)                                \
   if (plan.head_dim == D && plan.tile_q == 16 * slices) {               \
     run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream); \
-    if (plan.workspace > 0) merge<Element>(params, stream);             \
     return true;                                                        \
   }
 #include "sm80/decode_tiles.inc"
@@ -170,7 +32,7 @@ bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
 
 }  // namespace
 
-void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream) {
+DecodeParams decode_params(const KvCacheParams& params, const Plan& plan, void* workspace) {
   DecodeParams p{};
   static_cast<KvCacheParams&>(p) = params;
   p.rows = params.group * params.seqlen_q;
@@ -178,7 +40,6 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   p.row_tiles = ceil_div(p.rows, p.tile_rows);
   p.schedule = {static_cast<int32_t>(plan.blocks), params.heads_k * p.row_tiles,
                 params.batch_invariant ? plan.splits : 0};
-  p.stages = DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   p.plain_score = plan.plain_score;
   p.score = CappedScore::make(params.scale, params.softcap);
   if (p.plain_score) p.score.factor = PlainScore::make(params.scale, params.softcap).factor;
@@ -188,9 +49,16 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
     p.part_out = static_cast<float*>(workspace);
     p.part_lse = p.part_out + slots * p.part_rows * p.head_dim;
   }
+  return p;
+}
+
+void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream) {
+  DecodeParams p = decode_params(params, plan, workspace);
+  p.stages = DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   auto const s = static_cast<cudaStream_t>(stream);
   bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
+  if (plan.workspace > 0) merge_parts(p, dtype, s);
 }
 
 }  // namespace flashcore::sm80

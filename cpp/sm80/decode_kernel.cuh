@@ -6,17 +6,15 @@
 // The four warps of a block divide every tile of 64 keys: each loads 16 keys and their values into a ring of its own
 // with cp.async, multiplies them with all rows, and has a softmax state and an output of its own. So a warp waits for
 // nobody while it walks over the keys; the four results are merged at the end of an item. Parts of items go to the
-// workspace in float32 and are merged by merge_kernel (decode.cu).
+// workspace in float32 and are merged by merge_kernel (decode_merge.cu).
 #pragma once
 
 #include <type_traits>
 
 #include "attention/combine.h"
-#include "attention/softmax.h"
 #include "core/cuda_check.h"
 #include "flashcore/plan.h"
-#include "sm80/decode_params.h"
-#include "sm80/tensor_core.h"
+#include "sm80/decode_rows.cuh"
 
 namespace flashcore::sm80 {
 
@@ -35,9 +33,6 @@ struct DecodeConfig {
   // A warp's keys of one tile, and behind them their values, are a stage of its ring.
   static constexpr int keys_bytes = warp_keys * Tile::row_bytes, stage_bytes = 2 * keys_bytes;
   static_assert(warps * stage_bytes == DecodeTile{head_dim, slices}.stage_bytes());
-
-  // The queries' operands stay in registers where there are enough.
-  static constexpr bool q_in_registers = head_dim * slices <= 128;
 };
 
 // At most `n` groups of this thread's copies are still on their way.
@@ -58,30 +53,6 @@ __device__ __forceinline__ void copy_wait(int n) {
 #undef FLASHCORE_WAIT
     default:
       copy_wait_all();
-  }
-}
-
-// Copies the new keys and values behind those in the cache, 16 bytes at a time, the whole grid together. Nothing in
-// this grid reads what is written: attention takes new rows from where they come from.
-template <class Element>
-__device__ __forceinline__ void append(DecodeParams const& p) {
-  int const chunks = p.head_dim / 8;
-  int64_t const count = int64_t{p.batch} * p.new_tokens * p.heads_k * chunks;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    int64_t const row = i / chunks, token_row = row / p.heads_k;
-    int const chunk = static_cast<int>(i - row * chunks), head = static_cast<int>(row - token_row * p.heads_k);
-    int const b = static_cast<int>(token_row / p.new_tokens), token = static_cast<int>(token_row % p.new_tokens);
-    CachePlace const place = cache_place(p, b, cached_keys(p, b) + token);
-    if (place.block < 0) continue;
-    auto const copy = [&](Rows<void const*> const& from, Rows<void*> const& to) {
-      Element const* const source = static_cast<Element const*>(from.data) + b * from.batch_stride +
-                                    token * from.row_stride + head * from.head_stride + chunk * 8;
-      Element* const target = static_cast<Element*>(to.data) + place.block * to.batch_stride +
-                              place.row * to.row_stride + head * to.head_stride + chunk * 8;
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<uint4 const*>(source);
-    };
-    copy(p.new_k, p.k_out);
-    copy(p.new_v, p.v_out);
   }
 }
 
@@ -145,16 +116,6 @@ struct CacheLoad {
   }
 };
 
-// The largest over the four lanes that share a row of an accumulator, and their sum.
-__device__ __forceinline__ float largest_of_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float sum_of_quad(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 template <class Config>
 __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant__ DecodeParams const p) {
   using Element = typename Config::Element;
@@ -173,7 +134,7 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
     end = DecodeSchedule::start(total, active, blockIdx.x + 1);
   }
   if (at == end) {
-    append<Element>(p);
+    append<Element>(p, Config::threads);
     return;
   }
 
@@ -235,24 +196,14 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
       copy_commit();  // an empty group where there is no such tile: groups are counted
     }
     if (!appended) {
-      append<Element>(p);
+      append<Element>(p, Config::threads);
       appended = true;
     }
 
     copy_wait(p.stages);
     __syncthreads();  // the queries are here
-    uint32_t q[slices][Config::q_in_registers ? head_dim / 16 : 1][4];
-    if constexpr (Config::q_in_registers) {
-#pragma unroll
-      for (int m = 0; m < slices; ++m) {
-#pragma unroll
-        for (int d = 0; d < head_dim / 16; ++d)
-          load_matrices(q[m][d], Tile::right(from_q, d) + m * 16 * Tile::row_bytes);
-      }
-    }
-
-    float o[slices][head_dim / 8][4] = {};
-    SoftmaxRow state[slices][2];
+    DecodeRows<Element, head_dim, slices, Tile> work;
+    work.start(from_q);
     int stage = 0;
 #pragma unroll 1
     for (int tile = part.begin; tile < part.end; ++tile) {
@@ -261,100 +212,18 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
       uint32_t const from_k = ring + stage * Config::stage_bytes + lane_k;
       uint32_t const from_v = ring + stage * Config::stage_bytes + lane_v;
 
-      // S = Q Kᵀ
-      float s[slices][2][4] = {};
-#pragma unroll
-      for (int d = 0; d < head_dim / 16; ++d) {
-        int const at_d = Config::q_in_registers ? d : 0;
-        if constexpr (!Config::q_in_registers) {
-#pragma unroll
-          for (int m = 0; m < slices; ++m) load_matrices(q[m][0], Tile::right(from_q, d) + m * 16 * Tile::row_bytes);
-        }
-        uint32_t k[4];
-        load_matrices(k, Tile::right(from_k, d));
-#pragma unroll
-        for (int m = 0; m < slices; ++m) {
-          multiply<Element>(s[m][0], q[m][at_d], k[0], k[1]);
-          multiply<Element>(s[m][1], q[m][at_d], k[2], k[3]);
-        }
-      }
-
-      if (!p.plain_score) {
-        p.score.transform_all([&](auto transform) {
-#pragma unroll
-          for (int m = 0; m < slices; ++m) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) s[m][i / 4][i % 4] = transform(s[m][i / 4][i % 4]);
-          }
-        });
-      }
-
+      float s[slices][2][4];
+      uint32_t weights[slices][4];
+      work.scores(s, from_q, from_k);
+      if (!p.plain_score) work.transform(s, p.score);
       bool const here = in_cache >> stage & 1;
       if (!here || tile < range.full_begin || tile >= range.full_end) {  // keys that not all queries see
-        int const first = tile * tile_k + warp * Config::warp_keys + lane % 4 * 2;
-#pragma unroll
-        for (int m = 0; m < slices; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            int const token = (first_row + lane / 4 + m * 16 + half * 8) / p.group;
-            int const first_key = mask.first_key(token) - first;
-            int const end_key = here ? mask.end_key(token) - first : first_key;
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                if (n * 8 + i < first_key || n * 8 + i >= end_key) s[m][n][2 * half + i] = minus_infinity();
-              }
-            }
-          }
-        }
+        work.hide(
+            s, mask, tile * tile_k + warp * Config::warp_keys, first_row, [&](int row) { return row / p.group; }, here,
+            lane);
       }
-
-      // The rows' new maxima, and what the sums and outputs so far are to be multiplied by where one rose.
-      bool rose = false;
-      float ratio[slices][2];
-      uint32_t weights[slices][4];
-#pragma unroll
-      for (int m = 0; m < slices; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          SoftmaxRow& row = state[m][half];
-          float const top =
-              fmaxf(fmaxf(s[m][0][2 * half], s[m][0][2 * half + 1]), fmaxf(s[m][1][2 * half], s[m][1][2 * half + 1]));
-          ratio[m][half] = row.raise(fmaxf(row.max, largest_of_quad(top)), p.score.factor);
-          rose |= ratio[m][half] != 1.0f;
-          float const offset = SoftmaxRow::offset(row.max, p.score.factor);
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            float const low = exp2_of(s[m][n][2 * half] * p.score.factor - offset);
-            float const high = exp2_of(s[m][n][2 * half + 1] * p.score.factor - offset);
-            row.sum += low + high;
-            weights[m][2 * n + half] = Precision<Element>::pack(low, high);
-          }
-        }
-      }
-      if (__any_sync(0xffffffffu, rose)) {
-#pragma unroll
-        for (int m = 0; m < slices; ++m) {
-#pragma unroll
-          for (int n = 0; n < head_dim / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) o[m][n][i] *= ratio[m][i / 2];
-          }
-        }
-      }
-
-      // O += P V
-#pragma unroll
-      for (int d = 0; d < head_dim / 16; ++d) {
-        uint32_t v[4];
-        load_matrices_transposed(v, Tile::right(from_v, d));
-#pragma unroll
-        for (int m = 0; m < slices; ++m) {
-          multiply<Element>(o[m][2 * d], weights[m], v[0], v[1]);
-          multiply<Element>(o[m][2 * d + 1], weights[m], v[2], v[3]);
-        }
-      }
+      work.softmax(s, weights, p.score.factor);
+      work.output(weights, from_v);
 
       __syncwarp();  // all lanes are done with the stage
       if (tile + p.stages < part.end) load(tile + p.stages, stage);
@@ -367,10 +236,10 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
     for (int m = 0; m < slices; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float const sum = sum_of_quad(state[m][half].sum);
+        float const sum = sum_of_quad(work.state[m][half].sum);
         int const row = lane / 4 + m * 16 + half * 8;
         if (lane % 4 == 0) {
-          warp_max[warp][row] = state[m][half].max;
+          warp_max[warp][row] = work.state[m][half].max;
           warp_sum[warp][row] = sum;
         }
       }
@@ -389,10 +258,10 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
         for (int w = 0; w < Config::warps; ++w) {
           all.sum += exp2_of((warp_max[w][row] - top) * p.score.factor) * warp_sum[w][row];
         }
-        float const weight = exp2_of((state[m][half].max - top) * p.score.factor) * all.inverse_sum();
+        float const weight = exp2_of((work.state[m][half].max - top) * p.score.factor) * all.inverse_sum();
 #pragma unroll
         for (int n = 0; n < head_dim / 8; ++n) {
-          float2 const pair{o[m][n][2 * half] * weight, o[m][n][2 * half + 1] * weight};
+          float2 const pair{work.o[m][n][2 * half] * weight, work.o[m][n][2 * half + 1] * weight};
           *reinterpret_cast<float2*>(outputs + (warp * 16 + lane / 4 + half * 8) * Config::merge_stride + n * 8 +
                                      lane % 4 * 2) = pair;
         }

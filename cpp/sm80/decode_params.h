@@ -3,10 +3,13 @@
 // of work.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "attention/cache.h"
 #include "attention/decode_schedule.h"
 #include "attention/decode_tile.h"
 #include "attention/score.h"
+#include "flashcore/plan.h"
 
 namespace flashcore::sm80 {
 
@@ -23,6 +26,12 @@ struct DecodeParams : KvCacheParams {
   float* part_out;    // (slots, part_rows, head_dim)
   float* part_lse;    // (slots, part_rows)
 };
+
+// The arguments of a plan's kernel, but for the stages.
+DecodeParams decode_params(const KvCacheParams& params, const Plan& plan, void* workspace);
+
+// Merges the parts of items that the decode kernel launched before has left in part_out and part_lse. Asynchronous.
+void merge_parts(DecodeParams const& params, DType dtype, cudaStream_t stream);
 
 // The units of all sequences, each lane of a warp having summed those of consecutive ones. All lanes call every member.
 struct LineScan {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/forward_params.h"
+#include "core/kvcache_params.h"
 #include "flashcore/plan.h"
 #include "flashcore/problem.h"
 
@@ -14,5 +15,8 @@ void forward(ForwardParams params, DType dtype, const Plan& plan, void* workspac
 
 // The same for a plan of the kernel for small problems, "sm90_small".
 void small(const ForwardParams& params, DType dtype, const Plan& plan, void* stream);
+
+// Attention over a cache, for a plan of "sm90_decode" or "sm90_decode_cluster".
+void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream);
 
 }  // namespace flashcore::sm90

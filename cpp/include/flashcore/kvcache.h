@@ -22,7 +22,7 @@ struct KvCacheProblem {
   Tensor key;            // optional: (batch, new tokens, heads_k, head_dim), appended in place
   Tensor value;          // as key; both or none
   Tensor page_table;  // optional: int32 (batch, pages a sequence), last stride 1: page i has its tokens i · page_size
-                      // and on. page_size is 16, 64, 128 or 256. Entries past a sequence's end are never read.
+                      // and on. page_size is 16, 64, 128 or 256. Entries past a sequence's end are never used.
   Tensor out;         // as query; absent while only validating or planning
   Tensor lse;         // optional: float32, contiguous, (batch, heads_q, tokens): natural-log log-sum-exp
 
@@ -52,9 +52,9 @@ void validate(const KvCacheProblem& problem);
 // CUDA arrays it copies them and synchronizes the stream. Throws ValueError that names the sequence, and the page.
 void check_values(const KvCacheProblem& problem);
 
-// Chooses kernel, tiles and grid: a pure function of a problem that has passed validate(). Kernels: "sm80_decode",
-// "cpu_forward". On the GPU `tiles` counts the most tiles of keys that all sequences and heads can have, and `splits`
-// is the most parts that a sequence's keys are divided into.
+// Chooses kernel, tiles and grid: a pure function of a problem that has passed validate(). Kernels: "sm90_decode",
+// "sm80_decode", "cpu_forward". On the GPU `tiles` counts the most tiles of keys that all sequences and heads can have,
+// and `splits` is the most parts that a sequence's keys are divided into.
 Plan plan(const KvCacheProblem& problem, const DeviceProperties& device);
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan);
 

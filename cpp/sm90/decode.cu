@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a plan to an instance of the Hopper decode kernel, and the merge of the parts.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "flashcore/error.h"
+#include "sm80/decode_merge.cuh"
+#include "sm90/decode_parts.cuh"
+#include "sm90/decode_tile.h"
+#include "sm90/sm90.h"
+
+namespace flashcore::sm90 {
+
+// Instantiated in the files that cmake/KernelInstances.cmake makes.
+template <class Element, int head_dim, int slices>
+struct DecodeConfig;
+template <class Config>
+void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
+
+namespace {
+
+template <class Element>
+bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
+#define FLASHCORE_SM90_DECODE(D, slices)                                \
+  if (plan.head_dim == D && plan.tile_q == 16 * slices) {               \
+    run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream); \
+    return true;                                                        \
+  }
+#include "sm90/decode_tiles.inc"
+#undef FLASHCORE_SM90_DECODE
+  return false;
+}
+
+// The parts of an item.
+struct FindParts {
+  DecodeParts parts;
+
+  struct List {
+    int first, count, lines;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i * lines; }
+  };
+  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
+    FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
+    return {found.before + line, found.parts, parts.lines.divisor};
+  }
+};
+
+// The same where every item has as many, in its order.
+struct FindEven {
+  int parts;
+
+  struct List {
+    int first, count;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i; }
+  };
+  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int /*lane*/) const {
+    return {(sequence * p.heads_k * p.row_tiles + line) * parts, parts};
+  }
+};
+
+template <class Element>
+void merge(DecodeParams const& p, cudaStream_t stream) {
+  if (p.even > 0) {
+    sm80::launch_merge<Element>(p, FindEven{p.even}, true, stream);
+  } else {
+    sm80::launch_merge<Element>(p, FindParts{p.parts}, true, stream);
+  }
+}
+
+}  // namespace
+
+void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream) {
+  DecodeParams p{};
+  static_cast<sm80::DecodeParams&>(p) = sm80::decode_params(params, plan, workspace);
+  HopperDecodeTile const tile{plan.head_dim, plan.tile_q / 16};
+  p.stages = tile.stages_of(plan.shared_memory, plan.cluster > 1 ? p.part_rows : 0);
+  int const lines = p.heads_k * p.row_tiles, most = p.batch_invariant ? plan.splits : 0;
+  int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
+  p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
+             Divisor::of(most)};
+  // A single sequence is as long as itself: its parts need no search.
+  p.even = p.batch == 1 && most == 0 ? plan.even_parts : 0;
+  auto const s = static_cast<cudaStream_t>(stream);
+  bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
+  if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
+  if (plan.workspace > 0) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
+}
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the Hopper decode kernel and the merge of its parts share: their arguments, and how a warp finds a part of the
+// work, or an item's parts, among all sequences.
+#pragma once
+
+#include "attention/decode_parts.h"
+#include "sm80/decode_params.h"
+
+namespace flashcore::sm90 {
+
+// The arguments of a plan's kernel, as far as decode_kernel.cuh does not make them.
+struct DecodeParams : sm80::DecodeParams {
+  DecodeParts parts;
+  int even;  // parts of each item, where the lengths do not matter; else 0
+};
+
+// A sequence among the parts of all.
+struct FoundSequence {
+  int sequence;  // -1: there is no such part
+  int before;    // parts of the sequences before
+  int cached;    // keys in the cache
+  KeyRange range;
+  int parts;  // of each of its items
+};
+
+// All lanes of a warp together find the sequence with part `part`, or sequence `sequence` where that is not -1. Each
+// lane has consecutive sequences: it counts their tiles, then their parts, and the one that has what is looked for
+// walks to it.
+__device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, DecodeParts const& parts, int part,
+                                                       int sequence, int lane) {
+  int const sequences = (p.batch + 31) / 32, first = lane * sequences, end = min_of(first + sequences, p.batch);
+  FoundSequence found{first, 0, 0, {0, 0, 0, 0}, 1};
+  int part_tiles = 1;
+  auto const look = [&](int b) {
+    found.sequence = b;
+    found.cached = cached_keys(p, b);
+    found.range = parts.range(p, found.cached + p.new_tokens);
+  };
+  auto const of_sequence = [&] {
+    found.parts = parts.parts(found.range.count(), part_tiles);
+    return found.parts * parts.lines.divisor;
+  };
+  int tiles = 0, longest = 0;
+#pragma unroll 1
+  for (int b = first; b < end; ++b) {
+    look(b);
+    tiles += found.range.count();
+    longest = max_of(longest, found.range.count());
+  }
+  if (parts.most_parts == 0) {
+    part_tiles = parts.part_tiles(__reduce_add_sync(0xffffffffu, tiles), __reduce_max_sync(0xffffffffu, longest));
+  }
+  int own = 0;
+  if (sequences == 1) {
+    own = first < end ? of_sequence() : 0;
+  } else {
+#pragma unroll 1
+    for (int b = first; b < end; ++b) {
+      look(b);
+      own += of_sequence();
+    }
+  }
+  int to = own;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    int const other = __shfl_up_sync(0xffffffffu, to, step);
+    if (lane >= step) to += other;
+  }
+  found.before = to - own;
+  bool const mine = sequence >= 0 ? sequence >= first && sequence < end : part >= found.before && part < to;
+  if (mine && sequences > 1) {
+#pragma unroll 1
+    for (int b = first; b < end; ++b) {
+      look(b);
+      int const count = of_sequence();
+      if (sequence >= 0 ? b == sequence : part < found.before + count) break;
+      found.before += count;
+    }
+  }
+  int const owner = __ffs(__ballot_sync(0xffffffffu, mine)) - 1;
+  if (owner < 0) return {-1, 0, 0, {0, 0, 0, 0}, 1};
+  // From the owner to all.
+  auto const share = [owner](int& x) { x = __shfl_sync(0xffffffffu, x, owner); };
+  share(found.sequence), share(found.before), share(found.cached);
+  share(found.range.begin), share(found.range.full_begin), share(found.range.full_end), share(found.range.end);
+  share(found.parts);
+  return found;
+}
+
+}  // namespace flashcore::sm90
