@@ -15,6 +15,7 @@
 
 #include "attention/combine.h"
 #include "core/cuda_check.h"
+#include "core/once_per_device.h"
 #include "flashcore/plan.h"
 #include "sm80/decode_rows.cuh"
 #include "sm90/decode_parts.cuh"
@@ -720,11 +721,16 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
                                   log2_of_power(plan.cluster)};
 
   auto const kernel = decode_kernel<Config>;
-  char const* const preparing = "preparing the sm90 decode kernel";
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory), preparing);
-  cuda_check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-      preparing);
+  static OncePerDevice once;
+  once([&] {
+    constexpr int most_shared_memory = 227 << 10;  // of a block on compute capability 9.0
+    char const* const preparing = "preparing the sm90 decode kernel";
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory),
+               preparing);
+    cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        preparing);
+  });
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(Config::threads);
