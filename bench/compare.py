@@ -53,7 +53,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from probes import Peaks, add_share, keep_best, lowest, mark_steady, probe_of
+from probes import Peaks, add_share, keep_best, lowest, mark_steady, memory_peaks, probe_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from suites import Cell, cpu_summary, is_cpu, is_forward, rate_of, suites
@@ -615,7 +615,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--probe",
         metavar="PROGRAM",
         help="flashcore_bench, which probes the processor's peaks (default:"
-        " FLASHCORE_BENCH_PROGRAM, else PyTorch's operations stand in); of the CPU suites",
+        " FLASHCORE_BENCH_PROGRAM, else PyTorch's operations stand in); of the CPU suites, and of the GPU's memory"
+        " beside the suite decode",
     )
     parser.add_argument("--repeats", type=int, default=2, help="of CPU cells beside which the peaks fell (default: 2)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the tables")
@@ -656,12 +657,15 @@ def main(argv: list[str] | None = None) -> int:
     ours = flashcore_provider(options.backend)
     facts = surroundings(device, options.commit)
     probe_name, probe = "", None
-    if device == "cpu":
-        try:
+    memory: Peaks = {}
+    try:
+        if device == "cpu":
             probe_name, probe = probe_of(options.probe)
-        except ValueError as error:
-            print(f"--probe: {error}", file=sys.stderr)
-            return 2
+        elif options.probe and "decode" in options.suite:
+            memory = memory_peaks(options.probe)
+    except ValueError as error:
+        print(f"--probe: {error}", file=sys.stderr)
+        return 2
     options.output.mkdir(parents=True, exist_ok=True)
     short = "" if device == "cpu" else facts["device"].lower().replace("nvidia ", "").split()[0]
     reports = []
@@ -680,6 +684,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         if probe:
             report.update(probe=probe_name, peaks=peaks)
+        elif memory and suite == "decode":
+            report.update(probe="flashcore_bench peak", peaks=memory)
         if options.append:
             try:
                 old = earlier(path, report)

@@ -38,14 +38,21 @@ def probe_of(program: str | None) -> tuple[str, Callable[[], Peaks]]:
     return "flashcore_bench peak", lambda: run_program(program)["peak"]
 
 
-def run_program(program: str) -> dict[str, Any]:
-    """The report of `flashcore_bench peak` on the CPU. Raises ValueError where it fails."""
+def memory_peaks(program: str) -> Peaks:
+    """What a GPU's memory reads and copies, by flashcore_bench at `program`. Raises ValueError where that fails."""
+    peaks = run_program(program, "cuda")["peak"]
+    return {name: value for name, value in peaks.items() if name.endswith("_tbytes_per_second")}
+
+
+def run_program(program: str, device: str = "cpu") -> dict[str, Any]:
+    """The report of `flashcore_bench peak` on a device. Raises ValueError where it fails."""
     import flashcore
 
     environment = {**os.environ, "OMP_NUM_THREADS": str(flashcore.get_num_threads())}
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "peak.json"
-        command = [program, "peak", "--backend", "cpu", "--json", str(file)]
+        backend = ["--backend", "cpu"] if device == "cpu" else []
+        command = [program, "peak", *backend, "--json", str(file)]
         try:
             subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             return json.loads(file.read_text())

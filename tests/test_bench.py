@@ -377,9 +377,22 @@ def test_pytorch_stands_in_for_the_probe(bench):
 STAND_IN = """#!{python}
 import json, os, sys
 report = {{"threads": int(os.environ["OMP_NUM_THREADS"]), "isa": "{isa}", "peak": {peaks}}}
-assert sys.argv[1:4] == ["peak", "--backend", "cpu"]
+assert sys.argv[1:-2] == ["peak"{arguments}]
 open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps(report))
 """
+
+
+def stand_in(isa: str, peaks: dict, arguments: str = ', "--backend", "cpu"') -> str:
+    return STAND_IN.format(python=sys.executable, isa=isa, peaks=peaks, arguments=arguments)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script that is a program")
+def test_a_program_probes_the_memory_of_a_gpu(bench, tmp_path):
+    program = tmp_path / "program"
+    memory = {"copy_tbytes_per_second": 3.0, "read_tbytes_per_second": 3.2}
+    program.write_text(stand_in("any", {"wgmma_tflops": 700.0, **memory}, ""))
+    program.chmod(0o755)
+    assert bench.probes.memory_peaks(str(program)) == memory
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script that is a program")
@@ -388,11 +401,11 @@ def test_a_program_probes(bench, tmp_path, capsys):
 
     program = tmp_path / "program"
     isa = flashcore.info()["cpu"]["isa"]
-    program.write_text(STAND_IN.format(python=sys.executable, isa=isa, peaks=PEAKS))
+    program.write_text(stand_in(isa, PEAKS))
     program.chmod(0o755)
     name, probe = bench.probes.probe_of(str(program))
     assert name == "flashcore_bench peak" and probe() == PEAKS
-    program.write_text(STAND_IN.format(python=sys.executable, isa="another", peaks=PEAKS))
+    program.write_text(stand_in("another", PEAKS))
     with pytest.raises(ValueError, match="isa another"):
         bench.probes.probe_of(str(program))
     program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('a reason')\n")
