@@ -60,7 +60,7 @@ def run(code: str, isa: str):
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "avx512amx"])
 def test_each_instruction_set(device, isa):
     if device != "cpu":
         pytest.skip("instruction sets are the CPU's")

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products on the processor's tile registers (Intel AMX): 16 rows by 64 bytes each, and one instruction that adds the
+// product of two tiles of bfloat16 to a tile of float32. A multiply of float16 or float32 is several of bfloat16: each
+// number is the exact sum of two or three of them, its parts.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/element.h"
+#include "cpu/tile_rows.h"
+
+namespace flashcore::cpu {
+namespace {
+
+constexpr int tile_rows = 16;                         // of a tile register
+constexpr int tile_columns = 16;                      // of float32; of bfloat16 pairs
+constexpr int tile_depth = 32;                        // elements of the inner dimension that one product takes
+constexpr int tile_elements = tile_rows * tile_depth;  // bfloat16 of a tile
+constexpr int amx_block = 32;                         // rows and columns of a block: 2 x 2 tiles of the result
+
+// All eight registers are whole tiles while this lives; none is in use before and after, as the calling convention has
+// it (they are nobody's across a call).
+class TileRegisters {
+ public:
+  TileRegisters() {
+    struct alignas(64) Configuration {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } configuration;
+    for (int i = 0; i < 8; ++i) {
+      configuration.row_bytes[i] = 64;
+      configuration.rows[i] = tile_rows;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(configuration));
+  }
+  ~TileRegisters() { asm volatile("tilerelease" ::: "memory"); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// The compiler's own intrinsics (GCC 12) do not say that they read memory.
+template <int tile>
+FLASHCORE_HD void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+}
+template <int tile>
+FLASHCORE_HD void tile_load(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(row_bytes) : "memory");
+}
+template <int tile>
+FLASHCORE_HD void tile_store(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(row_bytes) : "memory");
+}
+// c += a · b, b with two elements of the inner dimension side by side.
+template <int c, int a, int b>
+FLASHCORE_HD void tile_multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+// Which part of the left operand meets which of the right. Neighbours share one, which is then loaded once.
+struct Term {
+  int left, right;
+};
+
+// How elements are parts of bfloat16, each row's `present` elements of 32 (then zeros) a vector for each part.
+template <typename T>
+struct Parts;
+
+// Float32 as the multiple of 2^16 (in its bits) that is nearest, half upwards; what remains is exact.
+FLASHCORE_HD __m512 nearest_bfloat(__m512 x) {
+  __m512i const up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+  return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+FLASHCORE_HD __m512i pair_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+// Bfloat16 as it is.
+template <>
+struct Parts<BFloat> {
+  static constexpr int count = 1;
+  static constexpr Term scores[] = {{0, 0}};
+  static constexpr Term outputs[] = {{0, 0}};
+
+  // Returns whether the products' results are those of the numbers themselves.
+  FLASHCORE_HD static bool split(const BFloat* from, int present, __m512i (&to)[count]) {
+    __mmask32 const mask = present >= tile_depth ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
+    to[0] = _mm512_maskz_loadu_epi16(mask, from);
+    return true;
+  }
+  FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) { to[0] = pair_of(low, high); }
+};
+
+// 11 bits as 8 and 3. The scores are exact products; weights, 16 bits of them, leave out 2^-16 of themselves and more.
+template <>
+struct Parts<Half> {
+  static constexpr int count = 2;
+  static constexpr Term scores[] = {{0, 0}, {0, 1}, {1, 1}, {1, 0}};
+  static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
+
+  FLASHCORE_HD static bool split(const Half* from, int present, __m512i (&to)[count]) {
+    __mmask32 const mask = present >= tile_depth ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
+    __m512i const bits = _mm512_maskz_loadu_epi16(mask, from);
+    __m512 const low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
+    __m512 const high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
+    __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
+    to[0] = pair_of(first_low, first_high);
+    to[1] = pair_of(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
+    // Infinity is not the sum of two parts, nor is its product with a part that is 0 what it must be.
+    __m512i const exponent = _mm512_set1_epi16(0x7c00);
+    return _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent) == 0;
+  }
+  FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) {
+    __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
+    to[0] = pair_of(first_low, first_high);
+    to[1] = pair_of(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
+  }
+};
+
+// 24 bits as 8, 8 and 8. Left out are products of parts that come to 2^-26 of the whole and less: float32's own
+// rounding is 2^-25.
+template <>
+struct Parts<float> {
+  static constexpr int count = 3;
+  static constexpr Term scores[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
+  static constexpr Term outputs[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
+
+  FLASHCORE_HD static bool split(const float* from, int present, __m512i (&to)[count]) {
+    uint32_t const mask = present >= tile_depth ? ~uint32_t{0} : (uint32_t{1} << max_of(present, 0)) - 1;
+    __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+    __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + tile_columns);
+    split(low, high, to);
+    return (unfit(low) | unfit(high)) == 0;
+  }
+  FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) {
+    __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
+    __m512 const rest_low = _mm512_sub_ps(low, first_low), rest_high = _mm512_sub_ps(high, first_high);
+    __m512 const second_low = nearest_bfloat(rest_low), second_high = nearest_bfloat(rest_high);
+    to[0] = pair_of(first_low, first_high);
+    to[1] = pair_of(second_low, second_high);
+    to[2] = pair_of(_mm512_sub_ps(rest_low, second_low), _mm512_sub_ps(rest_high, second_high));
+  }
+
+ private:
+  // Beside infinity and NaN what rounds to them, and what has parts so small that the products take them for 0: all
+  // but 0 and [2^-100, 2^127).
+  FLASHCORE_HD static __mmask16 unfit(__m512 x) {
+    __m512i const magnitude = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(x));
+    __m512i const above = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(27 << 24));
+    return _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(magnitude, magnitude), above,
+                                        _mm512_set1_epi32((254 - 27) << 24));
+  }
+};
+
+// The weights of Forward's tiles as the second product's left operand, 32 keys of one part after those of another.
+template <typename T>
+struct TileAtom {
+  using Lane = uint32_t;
+  static constexpr int parts = Parts<T>::count;
+  static constexpr int key_bytes = 2 * parts;
+  static constexpr bool in_place = key_bytes <= 4;  // weights fit where the scores were
+
+  FLASHCORE_HD static void store_weights(Lane* row, int k, const Vec (&weights)[panel_vectors]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < panel_vectors; v += 2) {
+      __m512i to[parts];
+      Parts<T>::split((__m512)weights[v], (__m512)weights[v + 1], to);
+#pragma GCC unroll 3
+      for (int i = 0; i < parts; ++i) _mm512_storeu_si512(row + (k + v * lanes) * key_bytes / 4 + i * lanes, to[i]);
+    }
+  }
+};
+
+// One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
+// operand's parts in tiles 4 and 5 (`left_part` and `left_row` bytes apart), the right one's in 6 and 7.
+template <const auto& terms, int parts, int row_tiles, int n = 0>
+FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride, int left_part, const char* right) {
+  constexpr int count = sizeof(terms) / sizeof(Term);
+  if constexpr (n < count) {
+    constexpr int i = terms[n].left, j = terms[n].right;
+    constexpr int i_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].left;
+    constexpr int j_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].right;
+    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * 2 * tile_elements, 64);
+    if constexpr (i != i_before) tile_load<4>(left + i * left_part, left_stride);
+    tile_multiply_add<0, 4, 6>();
+    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * 2 * tile_elements, 64);
+    tile_multiply_add<1, 4, 7>();
+    if constexpr (row_tiles == 2) {
+      if constexpr (i != i_before) tile_load<5>(left + left_row + i * left_part, left_stride);
+      tile_multiply_add<2, 5, 6>();
+      tile_multiply_add<3, 5, 7>();
+    }
+    tile_step<terms, parts, row_tiles, n + 1>(left, left_row, left_stride, left_part, right);
+  }
+}
+
+template <int row_tiles>
+FLASHCORE_HD void load_block(const float* from, int stride) {
+  tile_load<0>(from, 4 * stride);
+  tile_load<1>(from + tile_columns, 4 * stride);
+  if constexpr (row_tiles == 2) {
+    tile_load<2>(from + tile_rows * stride, 4 * stride);
+    tile_load<3>(from + tile_rows * stride + tile_columns, 4 * stride);
+  }
+}
+
+template <int row_tiles>
+FLASHCORE_HD void store_block(float* to, int stride) {
+  tile_store<0>(to, 4 * stride);
+  tile_store<1>(to + tile_columns, 4 * stride);
+  if constexpr (row_tiles == 2) {
+    tile_store<2>(to + tile_rows * stride, 4 * stride);
+    tile_store<3>(to + tile_rows * stride + tile_columns, 4 * stride);
+  }
+}
+
+// Scores of a block: 16 · row_tiles queries with 32 keys, over `steps` times 32 elements of the head dimension. Both
+// operands are packed as [step][part][2 tiles].
+template <typename T, int row_tiles>
+void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride) {
+  constexpr int parts = Parts<T>::count;
+  constexpr int step_bytes = parts * 2 * tile_elements * 2;
+  tile_zero<0>();
+  tile_zero<1>();
+  if constexpr (row_tiles == 2) {
+    tile_zero<2>();
+    tile_zero<3>();
+  }
+  const char* left = reinterpret_cast<const char*>(queries);
+  const char* right = reinterpret_cast<const char*>(keys);
+  for (int s = 0; s < steps; ++s, left += step_bytes, right += step_bytes) {
+    tile_step<Parts<T>::scores, parts, row_tiles>(left, 2 * tile_elements, 64, 2 * 2 * tile_elements, right);
+  }
+  store_block<row_tiles>(scores, stride);
+}
+
+// Outputs of a block: out += weights of 16 · row_tiles rows (as TileAtom stores them, `row_bytes` a row) · values of 32
+// columns, packed as [32 keys][part][2 tiles], over `steps` times 32 keys. `fresh`: out counts as zeros.
+template <typename T, int row_tiles>
+void tile_outputs(const char* weights, int64_t row_bytes, const uint16_t* values, int steps, bool fresh, float* out,
+                  int stride) {
+  constexpr int parts = Parts<T>::count;
+  if (fresh) {
+    tile_zero<0>();
+    tile_zero<1>();
+    if constexpr (row_tiles == 2) {
+      tile_zero<2>();
+      tile_zero<3>();
+    }
+  } else {
+    load_block<row_tiles>(out, stride);
+  }
+  const char* right = reinterpret_cast<const char*>(values);
+  for (int s = 0; s < steps; ++s, weights += parts * 64, right += parts * 2 * tile_elements * 2) {
+    tile_step<Parts<T>::outputs, parts, row_tiles>(weights, tile_rows * row_bytes, static_cast<int>(row_bytes), 64,
+                                                   right);
+  }
+  store_block<row_tiles>(out, stride);
+}
+
+}  // namespace
+}  // namespace flashcore::cpu

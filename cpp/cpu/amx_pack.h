@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// How queries, keys and values are laid out for products on tile registers. Rows that the tile has not, and elements
+// that fill head dimensions up to a multiple of 32, are zeros. Each function returns whether all elements are such that
+// their parts stand for them (Parts::split).
+#pragma once
+
+#include "cpu/amx.h"
+
+namespace flashcore::cpu {
+namespace {
+
+// Sixteen rows of 32 elements, as the left operand: part i of row r at to + i · part_elements + 32 r.
+template <typename T, typename RowOf>
+FLASHCORE_HD bool pack_left(RowOf row_of, int count, int column, int head_dim, uint16_t* to, int part_elements) {
+  constexpr int parts = Parts<T>::count;
+  bool fit = true;
+  for (int r = 0; r < tile_rows; ++r) {
+    __m512i part[parts] = {};
+    if (r < count) fit &= Parts<T>::split(row_of(r) + column, head_dim - column, part);
+    for (int i = 0; i < parts; ++i) _mm512_storeu_si512(to + i * part_elements + r * tile_depth, part[i]);
+  }
+  return fit;
+}
+
+// Rows [0, count) as [block of 32][step of 32 elements][part][2 tiles of 16 rows].
+template <typename T, typename RowOf>
+bool pack_tile_queries(RowOf row_of, int count, int head_dim, uint16_t* to) {
+  constexpr int parts = Parts<T>::count;
+  int const steps = ceil_div(head_dim, tile_depth);
+  bool fit = true;
+  for (int row = 0; row < count; row += tile_rows) {
+    uint16_t* at = to + (row / amx_block * steps * parts * 2 + row / tile_rows % 2) * tile_elements;
+    for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
+      fit &= pack_left<T>([&](int r) { return row_of(row + r); }, count - row, s * tile_depth, head_dim, at,
+                          2 * tile_elements);
+    }
+  }
+  return fit;
+}
+
+// rows[i]'s dword j to to[j]'s dword i.
+FLASHCORE_HD void transpose_tile(const __m512i (&rows)[16], uint16_t* to) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // b[i + j]: of rows i to i + 3 the dwords j, 4 + j, 8 + j and 12 + j
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __m512i const low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);  // dwords j and 8 + j of rows 0 to 7
+    __m512i const high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+    __m512i const odd_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);  // 4 + j and 12 + j
+    __m512i const odd_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+    _mm512_storeu_si512(to + 32 * j, _mm512_shuffle_i32x4(low, high, 0x88));
+    _mm512_storeu_si512(to + 32 * (8 + j), _mm512_shuffle_i32x4(low, high, 0xdd));
+    _mm512_storeu_si512(to + 32 * (4 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    _mm512_storeu_si512(to + 32 * (12 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+}
+
+// Keys [0, count), filled up to `keys` of them (a multiple of 32), as [32 keys][step][part][2 tiles], a tile's row two
+// elements of each of 16 keys.
+template <typename T>
+bool pack_tile_keys(const T* from, int64_t stride, int count, int keys, int head_dim, uint16_t* to) {
+  constexpr int parts = Parts<T>::count;
+  int const steps = ceil_div(head_dim, tile_depth);
+  bool fit = true;
+  for (int key = 0; key < keys; key += tile_columns) {
+    uint16_t* at = to + (key / amx_block * steps * parts * 2 + key / tile_columns % 2) * tile_elements;
+    for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
+      __m512i rows[parts][16];
+#pragma GCC unroll 16
+      for (int k = 0; k < tile_columns; ++k) {
+        __m512i part[parts] = {};
+        if (key + k < count) {
+          fit &= Parts<T>::split(from + (key + k) * stride + s * tile_depth, head_dim - s * tile_depth, part);
+        }
+        for (int i = 0; i < parts; ++i) rows[i][k] = part[i];
+      }
+      for (int i = 0; i < parts; ++i) transpose_tile(rows[i], at + i * 2 * tile_elements);
+    }
+  }
+  return fit;
+}
+
+// Values [0, count), filled up to `keys` of them, as [32 columns][32 keys][part][2 tiles], a tile's row two keys of 16
+// columns: of each eight the lower four in the first tile, the upper four in the second (in_order puts them back).
+template <typename T>
+bool pack_tile_values(const T* from, int64_t stride, int count, int keys, int head_dim, uint16_t* to) {
+  constexpr int parts = Parts<T>::count;
+  int const blocks = ceil_div(head_dim, amx_block), steps = keys / tile_depth;
+  bool fit = true;
+  for (int key = 0; key < keys; key += 2) {
+    for (int c = 0; c < blocks; ++c) {
+      uint16_t* const at = to + ((c * steps + key / tile_depth) * parts * 2) * tile_elements + key % tile_depth * 16;
+      __m512i even[parts] = {}, odd[parts] = {};
+      const T* const row = from + key * stride + c * amx_block;
+      if (key < count) fit &= Parts<T>::split(row, head_dim - c * amx_block, even);
+      if (key + 1 < count) fit &= Parts<T>::split(row + stride, head_dim - c * amx_block, odd);
+      for (int i = 0; i < parts; ++i) {
+        _mm512_storeu_si512(at + 2 * i * tile_elements, _mm512_unpacklo_epi16(even[i], odd[i]));
+        _mm512_storeu_si512(at + (2 * i + 1) * tile_elements, _mm512_unpackhi_epi16(even[i], odd[i]));
+      }
+    }
+  }
+  return fit;
+}
+
+// 32 columns of an output row as pack_tile_values has left them, in their order.
+FLASHCORE_HD void in_order(float* columns) {
+  __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  __m512 const first = _mm512_loadu_ps(columns), second = _mm512_loadu_ps(columns + 16);
+  _mm512_storeu_ps(columns, _mm512_permutex2var_ps(first, low, second));
+  _mm512_storeu_ps(columns + 16, _mm512_permutex2var_ps(first, high, second));
+}
+
+}  // namespace
+}  // namespace flashcore::cpu
