@@ -12,11 +12,12 @@
 namespace flashcore::cpu {
 namespace {
 
-constexpr int tile_rows = 16;                         // of a tile register
-constexpr int tile_columns = 16;                      // of float32; of bfloat16 pairs
-constexpr int tile_depth = 32;                        // elements of the inner dimension that one product takes
+constexpr int tile_rows = 16;                          // of a tile register
+constexpr int tile_columns = 16;                       // of float32; of bfloat16 pairs
+constexpr int tile_depth = 32;                         // elements of the inner dimension that one product takes
 constexpr int tile_elements = tile_rows * tile_depth;  // bfloat16 of a tile
-constexpr int amx_block = 32;                         // rows and columns of a block: 2 x 2 tiles of the result
+constexpr int tile_bytes = 2 * tile_elements;
+constexpr int amx_block = 32;  // rows and columns of a block: 2 x 2 tiles of the result
 
 // All eight registers are whole tiles while this lives; none is in use before and after, as the calling convention has
 // it (they are nobody's across a call).
@@ -172,24 +173,34 @@ struct TileAtom {
 
 // One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
 // operand's parts in tiles 4 and 5 (`left_part` and `left_row` bytes apart), the right one's in 6 and 7.
-template <const auto& terms, int parts, int row_tiles, int n = 0>
+template <const auto& terms, int row_tiles, int n = 0>
 FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride, int left_part, const char* right) {
   constexpr int count = sizeof(terms) / sizeof(Term);
   if constexpr (n < count) {
     constexpr int i = terms[n].left, j = terms[n].right;
     constexpr int i_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].left;
     constexpr int j_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].right;
-    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * 2 * tile_elements, 64);
+    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes, 64);
     if constexpr (i != i_before) tile_load<4>(left + i * left_part, left_stride);
     tile_multiply_add<0, 4, 6>();
-    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * 2 * tile_elements, 64);
+    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes, 64);
     tile_multiply_add<1, 4, 7>();
     if constexpr (row_tiles == 2) {
       if constexpr (i != i_before) tile_load<5>(left + left_row + i * left_part, left_stride);
       tile_multiply_add<2, 5, 6>();
       tile_multiply_add<3, 5, 7>();
     }
-    tile_step<terms, parts, row_tiles, n + 1>(left, left_row, left_stride, left_part, right);
+    tile_step<terms, row_tiles, n + 1>(left, left_row, left_stride, left_part, right);
+  }
+}
+
+template <int row_tiles>
+FLASHCORE_HD void zero_block() {
+  tile_zero<0>();
+  tile_zero<1>();
+  if constexpr (row_tiles == 2) {
+    tile_zero<2>();
+    tile_zero<3>();
   }
 }
 
@@ -217,18 +228,12 @@ FLASHCORE_HD void store_block(float* to, int stride) {
 // operands are packed as [step][part][2 tiles].
 template <typename T, int row_tiles>
 void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride) {
-  constexpr int parts = Parts<T>::count;
-  constexpr int step_bytes = parts * 2 * tile_elements * 2;
-  tile_zero<0>();
-  tile_zero<1>();
-  if constexpr (row_tiles == 2) {
-    tile_zero<2>();
-    tile_zero<3>();
-  }
+  constexpr int step_bytes = Parts<T>::count * 2 * tile_bytes;
+  zero_block<row_tiles>();
   const char* left = reinterpret_cast<const char*>(queries);
   const char* right = reinterpret_cast<const char*>(keys);
   for (int s = 0; s < steps; ++s, left += step_bytes, right += step_bytes) {
-    tile_step<Parts<T>::scores, parts, row_tiles>(left, 2 * tile_elements, 64, 2 * 2 * tile_elements, right);
+    tile_step<Parts<T>::scores, row_tiles>(left, tile_bytes, 64, 2 * tile_bytes, right);
   }
   store_block<row_tiles>(scores, stride);
 }
@@ -236,23 +241,13 @@ void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float
 // Outputs of a block: out += weights of 16 · row_tiles rows (as TileAtom stores them, `row_bytes` a row) · values of 32
 // columns, packed as [32 keys][part][2 tiles], over `steps` times 32 keys. `fresh`: out counts as zeros.
 template <typename T, int row_tiles>
-void tile_outputs(const char* weights, int64_t row_bytes, const uint16_t* values, int steps, bool fresh, float* out,
+void tile_outputs(const char* weights, int row_bytes, const uint16_t* values, int steps, bool fresh, float* out,
                   int stride) {
   constexpr int parts = Parts<T>::count;
-  if (fresh) {
-    tile_zero<0>();
-    tile_zero<1>();
-    if constexpr (row_tiles == 2) {
-      tile_zero<2>();
-      tile_zero<3>();
-    }
-  } else {
-    load_block<row_tiles>(out, stride);
-  }
+  fresh ? zero_block<row_tiles>() : load_block<row_tiles>(out, stride);
   const char* right = reinterpret_cast<const char*>(values);
-  for (int s = 0; s < steps; ++s, weights += parts * 64, right += parts * 2 * tile_elements * 2) {
-    tile_step<Parts<T>::outputs, parts, row_tiles>(weights, tile_rows * row_bytes, static_cast<int>(row_bytes), 64,
-                                                   right);
+  for (int s = 0; s < steps; ++s, weights += parts * 64, right += parts * 2 * tile_bytes) {
+    tile_step<Parts<T>::outputs, row_tiles>(weights, tile_rows * row_bytes, row_bytes, 64, right);
   }
   store_block<row_tiles>(out, stride);
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One tile of queries on the processor's tile registers: Forward's work (forward_isa.cc) with products of 32 x 32 blocks.
+// One tile of queries on the processor's tile registers: Forward's work (forward_isa.cc) with products of 32 x 32
+// blocks.
 #pragma once
 
 #include "cpu/amx.h"
@@ -8,36 +9,64 @@
 namespace flashcore::cpu {
 namespace {
 
+// Lane i of the result: v[i]'s lanes, all of them combined by `of` (addition, or the larger).
+template <typename Of>
+FLASHCORE_HD __m512 across_each(const __m512 (&v)[16], Of of) {
+  __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // quarters of i, i, i + 8, i + 8
+    a[i] = of(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44), _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // of i, i + 8, i + 4, i + 12
+    b[i] = of(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) c[i] = of(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
+  __m512 const d = of(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
+  return _mm512_shuffle_f32x4(d, d, 0xd8);
+}
+
+// The state of 16 rows, as SoftmaxRow's.
+struct SixteenRows {
+  Vec max = splat(minus_infinity());
+  Vec sum = splat(0.0f);
+};
+
 template <typename T, typename Score>
 struct ForwardTiles : TileRows<T, Score> {
   using Atom = TileAtom<T>;
   using Base = TileRows<T, Score>;
   using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
   static constexpr int parts = Atom::parts;
-  static constexpr int strip_blocks = 2;  // blocks of rows that pass over the packed keys together
+  static constexpr int strip_blocks = 1;  // blocks of rows that pass over the packed keys together
+  static constexpr int step_elements = parts * 2 * tile_elements;  // of a packed block, in a step
   // A vector more than what there is: rows of a power of two of bytes would fall into the same few sets of the cache.
   static constexpr int score_stride = tile_k + lanes;
   static constexpr int weight_floats = Atom::in_place ? score_stride : tile_k * Atom::key_bytes / 4 + lanes;
   static constexpr int largest_out = max_head_dim + lanes;
   static_assert(tile_q % amx_block == 0 && panel_width % amx_block == 0);
 
-  int steps;          // of the head dimension
-  int out_stride;     // head_dim in whole blocks, and a vector
-  uint16_t* queries;  // [block of 32 rows][step][part][2 tiles]
-  uint16_t* keys;     // [32 keys][step][part][2 tiles]
-  uint16_t* values;   // [32 columns][32 keys][part][2 tiles]
-  float* out;         // [row][out_stride]
-  float* scores;      // [row of the strip][score_stride]
-  float* weights;     // [row of the strip][weight_floats], or in the place of the scores
-  T* gathered;        // [tile_k][head_dim]: rows that lie in pages
-  RowState state[tile_q];
+  int steps;                 // of the head dimension
+  int out_stride;            // head_dim in whole blocks, and a vector
+  int tile_elements_packed;  // of a packed tile of keys, or of values
+  int held_tiles;            // tiles of keys that are packed at a time
+  uint16_t* queries;         // [block of 32 rows][step][part][2 tiles]
+  uint16_t* keys;            // [tile][32 keys][step][part][2 tiles]
+  uint16_t* values;          // [tile][32 columns][32 keys][part][2 tiles]
+  float* out;                // [row][out_stride]
+  float* scores;             // [row of the strip][score_stride]
+  float* weights;            // [row of the strip][weight_floats], or in the place of the scores
+  T* gathered;               // [tile_k][head_dim]: rows that lie in pages
+  SixteenRows state[tile_q / tile_rows];
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
-  int packed_keys = 0;             // keys of the packed tile, in whole panels
 
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
       : Base(p, t),
         steps(ceil_div(p.head_dim, tile_depth)),
         out_stride(ceil_div(p.head_dim, amx_block) * amx_block + lanes) {
+    tile_elements_packed = tile_k * steps * tile_depth * parts;
+    held_tiles = max_of(1, packed_bytes / (2 * 2 * tile_elements_packed));
     float* at = scratch;
     auto const take = [&](int64_t floats) {
       float* const taken = at;
@@ -45,16 +74,16 @@ struct ForwardTiles : TileRows<T, Score> {
       return taken;
     };
     constexpr int strip = strip_blocks * amx_block;
+    keys = reinterpret_cast<uint16_t*>(take(held_tiles * tile_elements_packed / 2));
+    values = reinterpret_cast<uint16_t*>(take(held_tiles * tile_elements_packed / 2));
     queries = reinterpret_cast<uint16_t*>(take(tile_q * max_head_dim * parts / 2));
-    keys = reinterpret_cast<uint16_t*>(take(tile_k * max_head_dim * parts / 2));
-    values = reinterpret_cast<uint16_t*>(take(tile_k * max_head_dim * parts / 2));
     out = take(tile_q * largest_out);
     scores = take(strip * score_stride);
     weights = Atom::in_place ? scores : take(strip * weight_floats);
     gathered = reinterpret_cast<T*>(at);
-    constexpr int64_t floats = (tile_q + 2 * tile_k) * max_head_dim * parts / 2 + tile_q * largest_out +
+    constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * largest_out +
                                strip * (score_stride + weight_floats) + tile_k * max_head_dim;
-    static_assert(floats <= scratch_floats);
+    static_assert(floats + packed_bytes / 4 <= scratch_floats && 4 * tile_k * max_head_dim * parts <= packed_bytes);
   }
 
   // Returns whether it has written the result: not where products of parts are not those of the numbers.
@@ -67,20 +96,30 @@ struct ForwardTiles : TileRows<T, Score> {
       return false;
     }
     for (bool& block : fresh) block = true;
-    for (int t = range.begin; t < range.end; ++t) {
-      int const first_key = t * tile_k;
-      if (!pack(first_key, min_of(tile_k, mask.seqlen_k - first_key))) return false;
-      bool const whole = t >= range.full_begin && t < range.full_end;
+    for (int t = range.begin; t < range.end; t += held_tiles) {
+      int const end = min_of(t + held_tiles, range.end);
+      for (int i = t; i < end; ++i) {
+        if (!pack(i * tile_k, i - t)) return false;
+      }
       for (int row = 0; row < rows; row += strip_blocks * amx_block) {
-        whole ? strip<false>(row, first_key) : strip<true>(row, first_key);
+        for (int i = t; i < end; ++i) {
+          bool const whole = i >= range.full_begin && i < range.full_end;
+          whole ? strip<false>(row, i * tile_k, i - t) : strip<true>(row, i * tile_k, i - t);
+        }
       }
     }
     write();
     return true;
   }
 
-  bool pack(int first_key, int count) {
-    packed_keys = ceil_div(count, panel_width) * panel_width;
+  // In whole panels, of the tile that begins at first_key.
+  int packed_keys(int first_key) const {
+    return ceil_div(min_of(tile_k, mask.seqlen_k - first_key), panel_width) * panel_width;
+  }
+
+  // The tile of keys from first_key on, into the place `held` of those that are held.
+  bool pack(int first_key, int held) {
+    int const count = min_of(tile_k, mask.seqlen_k - first_key);
     auto const packed = [&](const Rows<const void*>& array, auto pack_rows, uint16_t* to) {
       const T* from = gathered;
       int64_t stride = params.head_dim;
@@ -92,73 +131,151 @@ struct ForwardTiles : TileRows<T, Score> {
         from = key_row(array, first_key);
         stride = array.row_stride;
       }
-      return pack_rows(from, stride, count, packed_keys, params.head_dim, to);
+      return pack_rows(from, stride, count, packed_keys(first_key), params.head_dim, to + held * tile_elements_packed);
     };
     return packed(params.k, pack_tile_keys<T>, keys) && packed(params.v, pack_tile_values<T>, values);
   }
 
-  // The keys of the packed tile, which begins at first_key, that some of `height` rows see: whole panels of them.
+  // The keys of the packed tile, which begins at first_key, that some rows of the block see: whole panels of them.
   template <bool masked>
-  Span span_of(int row, int height, int first_key) const {
+  Span span_of(int block, int first_key) const {
     if constexpr (!masked) return {0, tile_k};
+    int const row = block * amx_block, height = amx_block;
     int const begin = mask.first_key(query_of(row)) - first_key;
     int const end = mask.end_key(query_of(min_of(row + height, rows) - 1)) - first_key;
-    if (end <= 0 || begin >= packed_keys || begin >= end) return {0, 0};
-    return {max_of(begin, 0) / panel_width * panel_width,
-            min_of(ceil_div(end, panel_width) * panel_width, packed_keys)};
+    int const packed = packed_keys(first_key);
+    if (end <= 0 || begin >= packed || begin >= end) return {0, 0};
+    return {max_of(begin, 0) / panel_width * panel_width, min_of(ceil_div(end, panel_width) * panel_width, packed)};
   }
 
-  // Rows [row, row + 32 strip_blocks) with the packed tile of keys, which begins at first_key.
+  // Rows [row, row + 32 strip_blocks) with the packed tile of keys that begins at first_key.
   template <bool masked>
-  void strip(int row, int first_key) {
+  void strip(int row, int first_key, int held) {
     Span span[strip_blocks];
     bool two_tiles[strip_blocks];  // of rows; else one
     int const count = min_of(ceil_div(rows - row, amx_block), strip_blocks);
     for (int b = 0; b < count; ++b) {
       two_tiles[b] = rows - row - b * amx_block > tile_rows;
-      span[b] = span_of<masked>(row + b * amx_block, amx_block, first_key);
+      span[b] = span_of<masked>(row / amx_block + b, first_key);
     }
 
-    constexpr int step_elements = parts * 2 * tile_elements;
-    for (int k = 0; k < packed_keys; k += amx_block) {
+    const uint16_t* const tile_keys = keys + held * tile_elements_packed;
+    for (int k = 0; k < tile_k; k += amx_block) {
       for (int b = 0; b < count; ++b) {
         if (k < span[b].begin || k >= span[b].end) continue;
-        (two_tiles[b] ? tile_scores<T, 2> : tile_scores<T, 1>)(
-            queries + (row / amx_block + b) * steps * step_elements, keys + k / amx_block * steps * step_elements,
-            steps, scores + b * amx_block * score_stride + k, score_stride);
+        (two_tiles[b] ? tile_scores<T, 2> : tile_scores<T, 1>)(queries + (row / amx_block + b) * steps * step_elements,
+                                                               tile_keys + k / amx_block * steps * step_elements, steps,
+                                                               scores + b * amx_block * score_stride + k, score_stride);
       }
     }
 
     for (int b = 0; b < count; ++b) {
       if (span[b].begin == span[b].end) continue;
-      for (int i = b * amx_block; i < min_of((b + 1) * amx_block, rows - row); ++i) {
-        int const first = masked ? clamp_to(mask.first_key(query_of(row + i)) - first_key, 0, tile_k) : 0;
-        int const end = masked ? clamp_to(mask.end_key(query_of(row + i)) - first_key, 0, tile_k) : tile_k;
-        auto* const to = reinterpret_cast<uint32_t*>(weights + i * weight_floats);
-        float const ratio =
-            softmax_row<masked, Atom>(score, scores + i * score_stride, to, span[b], first, end, state[row + i]);
-        // Where the row has a new maximum: of 16 tiles of random keys in three.
-        if (ratio != 1.0f && !fresh[row / amx_block + b]) rescale(out + (row + i) * out_stride, ratio);
+      for (int i = b * amx_block; i < min_of((b + 1) * amx_block, rows - row); i += tile_rows) {
+        softmax<masked>(row + i, first_key, span[b], scores + i * score_stride, weights + i * weight_floats);
       }
     }
 
-    int const tile_steps = packed_keys / tile_depth;
+    const uint16_t* const tile_values = values + held * tile_elements_packed;
+    int const tile_steps = packed_keys(first_key) / tile_depth;
     for (int c = 0; c < out_stride - lanes; c += amx_block) {
       for (int b = 0; b < count; ++b) {
         if (span[b].begin == span[b].end) continue;
         int const first_step = span[b].begin / tile_depth;
-        (two_tiles[b] ? tile_outputs<T, 2> : tile_outputs<T, 1>)(
-            reinterpret_cast<const char*>(weights + b * amx_block * weight_floats) + first_step * parts * 64,
-            4 * weight_floats, values + (c / amx_block * tile_steps + first_step) * step_elements,
-            span[b].end / tile_depth - first_step, fresh[row / amx_block + b],
-            out + (row + b * amx_block) * out_stride + c, out_stride);
+        (two_tiles[b] ? tile_outputs<T, 2>
+                      : tile_outputs<T, 1>)(reinterpret_cast<const char*>(weights + b * amx_block * weight_floats) +
+                                                first_step * parts * 64,
+                                            4 * weight_floats,
+                                            tile_values + (c / amx_block * tile_steps + first_step) * step_elements,
+                                            span[b].end / tile_depth - first_step, fresh[row / amx_block + b],
+                                            out + (row + b * amx_block) * out_stride + c, out_stride);
       }
     }
     for (int b = 0; b < count; ++b) fresh[row / amx_block + b] &= span[b].begin == span[b].end;
   }
 
-  void rescale(float* row, float ratio) const {
-    for (int c = 0; c < out_stride - lanes; c += lanes) store(row + c, load(row + c) * splat(ratio));
+  // The scores of sixteen rows become weights, and their outputs so far what the new maxima make of them.
+  template <bool masked>
+  void softmax(int row, int first_key, Span span, float* s, float* w) {
+    constexpr bool rough = sizeof(T) == 2;
+    float first[tile_rows], end[tile_rows];
+    Span free = span;  // keys that all rows see
+    if constexpr (masked) {
+      for (int i = 0; i < tile_rows; ++i) {
+        int const query = query_of(min_of(row + i, rows - 1));
+        int const begin_at = clamp_to(mask.first_key(query) - first_key, 0, tile_k);
+        int const end_at = clamp_to(mask.end_key(query) - first_key, 0, tile_k);
+        first[i] = static_cast<float>(begin_at);
+        end[i] = static_cast<float>(end_at);
+        free = {max_of(free.begin, begin_at), min_of(free.end, end_at)};
+      }
+    }
+
+    __m512 largest[tile_rows];
+#pragma GCC unroll 1
+    for (int i = 0; i < tile_rows; ++i) {
+      Vec most = splat(minus_infinity());
+      for (int k = span.begin; k < span.end; k += panel_width) {
+        float* const at = s + i * score_stride + k;
+        Vec x[panel_vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < panel_vectors; ++v) x[v] = transform(score, load(at + v * lanes));
+        if (masked && (k < free.begin || k + panel_width > free.end)) {
+          Vec index = lane_indices() + splat(static_cast<float>(k));
+#pragma GCC unroll 4
+          for (int v = 0; v < panel_vectors; ++v, index = index + splat(static_cast<float>(lanes))) {
+            x[v] = where_less(index, splat(first[i]), splat(minus_infinity()), x[v]);
+            x[v] = where_less(index, splat(end[i]), x[v], splat(minus_infinity()));
+            store(at + v * lanes, x[v]);
+          }
+        } else if constexpr (!Score::plain) {
+#pragma GCC unroll 4
+          for (int v = 0; v < panel_vectors; ++v) store(at + v * lanes, x[v]);
+        }
+        most = larger(larger(larger(x[0], x[1]), larger(x[2], x[3])), most);
+      }
+      largest[i] = (__m512)most;
+    }
+
+    SixteenRows& rows_state = state[row / tile_rows];
+    Vec const nothing = splat(minus_infinity());
+    Vec const max = larger((Vec)across_each(largest, [](__m512 a, __m512 b) { return (__m512)larger((Vec)a, (Vec)b); }),
+                           rows_state.max);
+    Vec const offset = where_less(nothing, max, max, splat(0.0f));
+    Vec const ratio = exp2_of((rows_state.max - offset) * splat(score.factor));
+    float offsets[tile_rows];
+    store(offsets, offset);
+
+    __m512 sums[tile_rows];
+#pragma GCC unroll 1
+    for (int i = 0; i < tile_rows; ++i) {
+      Vec sum = splat(0.0f);
+      auto* const to = reinterpret_cast<uint32_t*>(w + i * weight_floats);
+      for (int k = span.begin; k < span.end; k += panel_width) {
+        Vec weight[panel_vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < panel_vectors; ++v) {
+          weight[v] = (load(s + i * score_stride + k + v * lanes) - splat(offsets[i])) * splat(score.factor);
+        }
+        exp2_of<rough>(weight);
+        sum = sum + ((weight[0] + weight[1]) + (weight[2] + weight[3]));
+        Atom::store_weights(to, k, weight);
+      }
+      sums[i] = (__m512)sum;
+    }
+    rows_state.sum =
+        rows_state.sum * ratio + (Vec)across_each(sums, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+    // Where rows have a new maximum: of 16 tiles of random keys in three.
+    unsigned changed =
+        fresh[row / amx_block] ? 0u : _mm512_cmp_ps_mask((__m512)rows_state.max, (__m512)max, _CMP_LT_OQ);
+    rows_state.max = max;
+    float ratios[tile_rows];
+    store(ratios, ratio);
+    for (; changed != 0; changed &= changed - 1) {
+      int const i = __builtin_ctz(changed);
+      float* const to = out + (row + i) * out_stride;
+      for (int c = 0; c < out_stride - lanes; c += lanes) store(to + c, load(to + c) * splat(ratios[i]));
+    }
   }
 
   void write() const {
@@ -172,7 +289,8 @@ struct ForwardTiles : TileRows<T, Score> {
           in_order(from + c);
         }
       }
-      this->write_row(from, {state[row].max, sum_across(state[row].sum)}, row);
+      SixteenRows const& of = state[row / tile_rows];
+      this->write_row(from, {lane(of.max, row % tile_rows), lane(of.sum, row % tile_rows)}, row);
     }
   }
 };
