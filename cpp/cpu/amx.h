@@ -64,7 +64,9 @@ struct Term {
   int left, right;
 };
 
-// How elements are parts of bfloat16, each row's `present` elements of 32 (then zeros) a vector for each part.
+// How elements are parts of bfloat16: split() 32 elements, `present` of them (then zeros), to a vector for each part,
+// and says whether products of the parts stand for those of the elements; split_weights() those of a panel; join()
+// makes elements of results.
 template <typename T>
 struct Parts;
 
@@ -73,7 +75,22 @@ FLASHCORE_HD __m512 nearest_bfloat(__m512 x) {
   __m512i const up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
   return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+// The upper halves of both, which are bfloat16: dword i has low[i] and high[i].
+FLASHCORE_HD __m512i upper_halves(__m512 low, __m512 high) {
+  __m512i const moved = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
+  __m512i const upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_ternarylogic_epi32(moved, _mm512_castps_si512(high), upper, 0xd8);  // upper ? high : moved
+}
+// What the upper half leaves, exactly.
+FLASHCORE_HD __m512 rest_of(__m512 x) {
+  __m512i const upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), upper)));
+}
 FLASHCORE_HD __m512i pair_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+FLASHCORE_HD __mmask32 mask_of(int present) {
+  return present >= 32 ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
+}
 
 // Bfloat16 as it is.
 template <>
@@ -82,16 +99,35 @@ struct Parts<BFloat> {
   static constexpr Term scores[] = {{0, 0}};
   static constexpr Term outputs[] = {{0, 0}};
 
-  // Returns whether the products' results are those of the numbers themselves.
   FLASHCORE_HD static bool split(const BFloat* from, int present, __m512i (&to)[count]) {
-    __mmask32 const mask = present >= tile_depth ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
-    to[0] = _mm512_maskz_loadu_epi16(mask, from);
+    to[0] = _mm512_maskz_loadu_epi16(mask_of(present), from);
     return true;
   }
-  FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) { to[0] = pair_of(low, high); }
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+    __m512i const half = _mm512_set1_epi32(0x8000);  // rounds to the nearest
+    to[0] = upper_halves(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(low), half)),
+                         _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(high), half)));
+  }
+  // To the nearest, halves to even, subnormals as they are (the processor's own conversion takes them for 0). NaN stays
+  // NaN: those of operations and of bfloat16 have zeros in the half that falls off.
+  FLASHCORE_HD static void join(__m512 low, __m512 high, BFloat* to, int present) {
+    __m512i const even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    __m512i const odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    __m512 const evens = rounded(_mm512_permutex2var_ps(low, even, high));
+    __m512 const odds = rounded(_mm512_permutex2var_ps(low, odd, high));
+    _mm512_mask_storeu_epi16(to, mask_of(present), upper_halves(evens, odds));
+  }
+
+ private:
+  FLASHCORE_HD static __m512 rounded(__m512 x) {
+    __m512i const bits = _mm512_castps_si512(x);
+    __m512i const last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))));
+  }
 };
 
-// 11 bits as 8 and 3. The scores are exact products; weights, 16 bits of them, leave out 2^-16 of themselves and more.
+// 11 bits as 8 and 3, so that scores are sums of exact products. Of weights the first 16 bits, and their products leave
+// out 2^-15 of the whole at most, mostly 2^-18.
 template <>
 struct Parts<Half> {
   static constexpr int count = 2;
@@ -99,8 +135,7 @@ struct Parts<Half> {
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
 
   FLASHCORE_HD static bool split(const Half* from, int present, __m512i (&to)[count]) {
-    __mmask32 const mask = present >= tile_depth ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
-    __m512i const bits = _mm512_maskz_loadu_epi16(mask, from);
+    __m512i const bits = _mm512_maskz_loadu_epi16(mask_of(present), from);
     __m512 const low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
     __m512 const high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
@@ -110,10 +145,15 @@ struct Parts<Half> {
     __m512i const exponent = _mm512_set1_epi16(0x7c00);
     return _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent) == 0;
   }
-  FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) {
-    __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
-    to[0] = pair_of(first_low, first_high);
-    to[1] = pair_of(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+    to[0] = upper_halves(low, high);
+    to[1] = upper_halves(rest_of(low), rest_of(high));
+  }
+  FLASHCORE_HD static void join(__m512 low, __m512 high, Half* to, int present) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    __m512i const both =
+        _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low, nearest)), _mm512_cvtps_ph(high, nearest), 1);
+    _mm512_mask_storeu_epi16(to, mask_of(present), both);
   }
 };
 
@@ -126,7 +166,7 @@ struct Parts<float> {
   static constexpr Term outputs[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
 
   FLASHCORE_HD static bool split(const float* from, int present, __m512i (&to)[count]) {
-    uint32_t const mask = present >= tile_depth ? ~uint32_t{0} : (uint32_t{1} << max_of(present, 0)) - 1;
+    __mmask32 const mask = mask_of(present);
     __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
     __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + tile_columns);
     split(low, high, to);
@@ -140,6 +180,17 @@ struct Parts<float> {
     to[1] = pair_of(second_low, second_high);
     to[2] = pair_of(_mm512_sub_ps(rest_low, second_low), _mm512_sub_ps(rest_high, second_high));
   }
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+    __m512 const rest_low = rest_of(low), rest_high = rest_of(high);
+    to[0] = upper_halves(low, high);
+    to[1] = upper_halves(rest_low, rest_high);
+    to[2] = upper_halves(rest_of(rest_low), rest_of(rest_high));
+  }
+  FLASHCORE_HD static void join(__m512 low, __m512 high, float* to, int present) {
+    __mmask32 const mask = mask_of(present);
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), low);
+    _mm512_mask_storeu_ps(to + lanes, static_cast<__mmask16>(mask >> 16), high);
+  }
 
  private:
   // Beside infinity and NaN what rounds to them, and what has parts so small that the products take them for 0: all
@@ -152,7 +203,8 @@ struct Parts<float> {
   }
 };
 
-// The weights of Forward's tiles as the second product's left operand, 32 keys of one part after those of another.
+// The weights of Forward's tiles as the second product's left operand: of 32 keys the first part, then the second, ...;
+// side by side the keys i and 16 + i.
 template <typename T>
 struct TileAtom {
   using Lane = uint32_t;
@@ -164,7 +216,7 @@ struct TileAtom {
 #pragma GCC unroll 2
     for (int v = 0; v < panel_vectors; v += 2) {
       __m512i to[parts];
-      Parts<T>::split((__m512)weights[v], (__m512)weights[v + 1], to);
+      Parts<T>::split_weights((__m512)weights[v], (__m512)weights[v + 1], to);
 #pragma GCC unroll 3
       for (int i = 0; i < parts; ++i) _mm512_storeu_si512(row + (k + v * lanes) * key_bytes / 4 + i * lanes, to[i]);
     }

@@ -9,30 +9,20 @@
 namespace flashcore::cpu {
 namespace {
 
-// Sixteen rows of 32 elements, as the left operand: part i of row r at to + i · part_elements + 32 r.
-template <typename T, typename RowOf>
-FLASHCORE_HD bool pack_left(RowOf row_of, int count, int column, int head_dim, uint16_t* to, int part_elements) {
-  constexpr int parts = Parts<T>::count;
-  bool fit = true;
-  for (int r = 0; r < tile_rows; ++r) {
-    __m512i part[parts] = {};
-    if (r < count) fit &= Parts<T>::split(row_of(r) + column, head_dim - column, part);
-    for (int i = 0; i < parts; ++i) _mm512_storeu_si512(to + i * part_elements + r * tile_depth, part[i]);
-  }
-  return fit;
-}
-
-// Rows [0, count) as [block of 32][step of 32 elements][part][2 tiles of 16 rows].
+// Rows [0, count), row_of(i) their places, as [block of 32][step of 32 elements][part][2 tiles of 16 rows].
 template <typename T, typename RowOf>
 bool pack_tile_queries(RowOf row_of, int count, int head_dim, uint16_t* to) {
   constexpr int parts = Parts<T>::count;
   int const steps = ceil_div(head_dim, tile_depth);
   bool fit = true;
-  for (int row = 0; row < count; row += tile_rows) {
+  for (int row = 0; row < ceil_div(count, tile_rows) * tile_rows; ++row) {
+    const T* const from = row < count ? row_of(row) : nullptr;
     uint16_t* at = to + (row / amx_block * steps * parts * 2 + row / tile_rows % 2) * tile_elements;
+    at += row % tile_rows * tile_depth;
     for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
-      fit &= pack_left<T>([&](int r) { return row_of(row + r); }, count - row, s * tile_depth, head_dim, at,
-                          2 * tile_elements);
+      __m512i part[parts] = {};
+      if (from) fit &= Parts<T>::split(from + s * tile_depth, head_dim - s * tile_depth, part);
+      for (int i = 0; i < parts; ++i) _mm512_storeu_si512(at + i * 2 * tile_elements, part[i]);
     }
   }
   return fit;
@@ -91,23 +81,27 @@ bool pack_tile_keys(const T* from, int64_t stride, int count, int keys, int head
   return fit;
 }
 
-// Values [0, count), filled up to `keys` of them, as [32 columns][32 keys][part][2 tiles], a tile's row two keys of 16
-// columns: of each eight the lower four in the first tile, the upper four in the second (in_order puts them back).
+// Values [0, count), filled up to `keys` of them, as [32 columns][32 keys][part][2 tiles], a tile's row the keys i and
+// 16 + i of 16 columns: of each eight the lower four in the first tile, the upper four in the second (in_order puts
+// them back).
 template <typename T>
 bool pack_tile_values(const T* from, int64_t stride, int count, int keys, int head_dim, uint16_t* to) {
   constexpr int parts = Parts<T>::count;
   int const blocks = ceil_div(head_dim, amx_block), steps = keys / tile_depth;
   bool fit = true;
-  for (int key = 0; key < keys; key += 2) {
-    for (int c = 0; c < blocks; ++c) {
-      uint16_t* const at = to + ((c * steps + key / tile_depth) * parts * 2) * tile_elements + key % tile_depth * 16;
-      __m512i even[parts] = {}, odd[parts] = {};
-      const T* const row = from + key * stride + c * amx_block;
-      if (key < count) fit &= Parts<T>::split(row, head_dim - c * amx_block, even);
-      if (key + 1 < count) fit &= Parts<T>::split(row + stride, head_dim - c * amx_block, odd);
-      for (int i = 0; i < parts; ++i) {
-        _mm512_storeu_si512(at + 2 * i * tile_elements, _mm512_unpacklo_epi16(even[i], odd[i]));
-        _mm512_storeu_si512(at + (2 * i + 1) * tile_elements, _mm512_unpackhi_epi16(even[i], odd[i]));
+  for (int s = 0; s < steps; ++s) {
+    for (int i = 0; i < tile_rows; ++i) {
+      int const key = s * tile_depth + i, other = key + tile_rows;
+      for (int c = 0; c < blocks; ++c) {
+        uint16_t* const at = to + (c * steps + s) * parts * 2 * tile_elements + i * tile_depth;
+        __m512i low[parts] = {}, high[parts] = {};
+        const T* const column = from + c * amx_block;
+        if (key < count) fit &= Parts<T>::split(column + key * stride, head_dim - c * amx_block, low);
+        if (other < count) fit &= Parts<T>::split(column + other * stride, head_dim - c * amx_block, high);
+        for (int j = 0; j < parts; ++j) {
+          _mm512_storeu_si512(at + 2 * j * tile_elements, _mm512_unpacklo_epi16(low[j], high[j]));
+          _mm512_storeu_si512(at + (2 * j + 1) * tile_elements, _mm512_unpackhi_epi16(low[j], high[j]));
+        }
       }
     }
   }
@@ -115,12 +109,12 @@ bool pack_tile_values(const T* from, int64_t stride, int count, int keys, int he
 }
 
 // 32 columns of an output row as pack_tile_values has left them, in their order.
-FLASHCORE_HD void in_order(float* columns) {
+FLASHCORE_HD void in_order(const float* columns, __m512 (&to)[2]) {
   __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  __m512 const first = _mm512_loadu_ps(columns), second = _mm512_loadu_ps(columns + 16);
-  _mm512_storeu_ps(columns, _mm512_permutex2var_ps(first, low, second));
-  _mm512_storeu_ps(columns + 16, _mm512_permutex2var_ps(first, high, second));
+  __m512 const first = _mm512_loadu_ps(columns), second = _mm512_loadu_ps(columns + lanes);
+  to[0] = _mm512_permutex2var_ps(first, low, second);
+  to[1] = _mm512_permutex2var_ps(first, high, second);
 }
 
 }  // namespace

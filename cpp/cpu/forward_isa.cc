@@ -77,6 +77,7 @@ struct Forward : TileRows<T, Score> {
     values = keys + tile_k * max_head_dim;
     scores = reinterpret_cast<float*>(values + tile_k * max_head_dim);
     gathered = reinterpret_cast<T*>(scores + strip_rows * tile_k);
+    static_assert((2 * tile_q + 3 * tile_k) * max_head_dim + strip_rows * tile_k <= scratch_floats);
   }
 
   void run() {

@@ -98,8 +98,11 @@ struct TileRows {
         score(Score::make(p.scale, p.softcap)),
         rows(t.queries * t.heads) {}
 
-  int query_of(int row) const { return tile.q_begin + row / tile.heads; }
-  int head_of(int row, int key_head) const { return tile.head + key_head * params.group + row % tile.heads; }
+  // Mostly there is one head, and then no division.
+  int query_of(int row) const { return tile.q_begin + (tile.heads == 1 ? row : row / tile.heads); }
+  int head_of(int row, int key_head) const {
+    return tile.head + key_head * params.group + (tile.heads == 1 ? 0 : row % tile.heads);
+  }
 
   template <typename Pointer>
   int64_t offset_of(const Rows<Pointer>& array, int row, int key_head = 0) const {
@@ -120,10 +123,12 @@ struct TileRows {
   void write_row(const float* out, const SoftmaxRow& total, int row, int key_head = 0) const {
     narrow(out, total.inverse_sum(), params.head_dim,
            static_cast<T*>(params.o.data) + offset_of(params.o, row, key_head));
-    if (params.lse) {
-      int64_t const head = tile.sequence.batch * params.heads_q + head_of(row, key_head);
-      params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
-    }
+    if (params.lse) write_lse(total, row, key_head);
+  }
+
+  void write_lse(const SoftmaxRow& total, int row, int key_head = 0) const {
+    int64_t const head = tile.sequence.batch * params.heads_q + head_of(row, key_head);
+    params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
   }
 };
 
