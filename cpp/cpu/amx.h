@@ -64,9 +64,12 @@ struct Term {
   int left, right;
 };
 
+// What products of parts do not stand for: infinity (a part that is 0 makes NaN of it; NaN stays NaN), and numbers too
+// large or too small for their parts.
+enum Unfit : unsigned { infinite = 1, out_of_range = 2 };
+
 // How elements are parts of bfloat16: split() 32 elements, `present` of them (then zeros), to a vector for each part,
-// and says whether products of the parts stand for those of the elements; split_weights() those of a panel; join()
-// makes elements of results.
+// and tells what is unfit among them; split_weights() those of a panel; join() makes elements of results.
 template <typename T>
 struct Parts;
 
@@ -99,9 +102,9 @@ struct Parts<BFloat> {
   static constexpr Term scores[] = {{0, 0}};
   static constexpr Term outputs[] = {{0, 0}};
 
-  FLASHCORE_HD static bool split(const BFloat* from, int present, __m512i (&to)[count]) {
+  FLASHCORE_HD static unsigned split(const BFloat* from, int present, __m512i (&to)[count]) {
     to[0] = _mm512_maskz_loadu_epi16(mask_of(present), from);
-    return true;
+    return 0;
   }
   FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     __m512i const half = _mm512_set1_epi32(0x8000);  // rounds to the nearest
@@ -134,16 +137,15 @@ struct Parts<Half> {
   static constexpr Term scores[] = {{0, 0}, {0, 1}, {1, 1}, {1, 0}};
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
 
-  FLASHCORE_HD static bool split(const Half* from, int present, __m512i (&to)[count]) {
+  FLASHCORE_HD static unsigned split(const Half* from, int present, __m512i (&to)[count]) {
     __m512i const bits = _mm512_maskz_loadu_epi16(mask_of(present), from);
     __m512 const low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
     __m512 const high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
     to[0] = pair_of(first_low, first_high);
     to[1] = pair_of(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
-    // Infinity is not the sum of two parts, nor is its product with a part that is 0 what it must be.
-    __m512i const exponent = _mm512_set1_epi16(0x7c00);
-    return _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent) == 0;
+    __m512i const magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+    return _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0 ? infinite : 0;
   }
   FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     to[0] = upper_halves(low, high);
@@ -165,12 +167,12 @@ struct Parts<float> {
   static constexpr Term scores[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
   static constexpr Term outputs[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
 
-  FLASHCORE_HD static bool split(const float* from, int present, __m512i (&to)[count]) {
+  FLASHCORE_HD static unsigned split(const float* from, int present, __m512i (&to)[count]) {
     __mmask32 const mask = mask_of(present);
     __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
     __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + tile_columns);
     split(low, high, to);
-    return (unfit(low) | unfit(high)) == 0;
+    return unfit(low) | unfit(high);
   }
   FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) {
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
@@ -193,13 +195,17 @@ struct Parts<float> {
   }
 
  private:
-  // Beside infinity and NaN what rounds to them, and what has parts so small that the products take them for 0: all
-  // but 0 and [2^-100, 2^127).
-  FLASHCORE_HD static __mmask16 unfit(__m512 x) {
+  // What rounds to infinity, and what has parts so small that the products take them for 0: all finite numbers but 0
+  // and those in [2^-100, 2^127).
+  FLASHCORE_HD static unsigned unfit(__m512 x) {
     __m512i const magnitude = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(x));
     __m512i const above = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(27 << 24));
-    return _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(magnitude, magnitude), above,
-                                        _mm512_set1_epi32((254 - 27) << 24));
+    __mmask16 const suspect = _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(magnitude, magnitude), above,
+                                                           _mm512_set1_epi32((254 - 27) << 24));
+    if (suspect == 0) return 0;
+    __m512i const infinity = _mm512_set1_epi32(static_cast<int>(0xff000000u));
+    return (_mm512_cmpeq_epu32_mask(magnitude, infinity) != 0 ? infinite : 0) |
+           (_mm512_mask_cmplt_epu32_mask(suspect, magnitude, infinity) != 0 ? out_of_range : 0);
   }
 };
 

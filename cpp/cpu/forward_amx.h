@@ -93,10 +93,10 @@ struct ForwardTiles : TileRows<T, Score> {
     TileRegisters const registers;
     KeyRange const range = mask.key_range(tile.q_begin, tile.q_begin + tile.queries, keys_of_tile);
     const T* const array = static_cast<const T*>(params.q.data);
-    if (!pack_tile_queries<T>([&](int row) { return array + offset_of(params.q, row); }, rows, params.head_dim,
-                              queries)) {
-      return false;
-    }
+    // An infinite query makes NaN of its row, as it does without parts, and other rows keep their bits.
+    unsigned const unfit =
+        pack_tile_queries<T>([&](int row) { return array + offset_of(params.q, row); }, rows, params.head_dim, queries);
+    if (unfit & out_of_range) return false;
     for (bool& block : fresh) block = true;
     for (int t = range.begin; t < range.end; t += held_tiles) {
       int const end = min_of(t + held_tiles, range.end);
@@ -132,7 +132,7 @@ struct ForwardTiles : TileRows<T, Score> {
       }
       return pack_rows(from, stride, count, packed_keys(first_key), params.head_dim, to + held * packed_elements);
     };
-    return packed(params.k, pack_tile_keys<T>, keys) && packed(params.v, pack_tile_values<T>, values);
+    return packed(params.k, pack_tile_keys<T>, keys) == 0 && packed(params.v, pack_tile_values<T>, values) == 0;
   }
 
   // A block of rows with the packed tile of keys that begins at first_key.

@@ -222,8 +222,10 @@ struct ForwardFew : TileRows<T, Score> {
     static_assert(2 * most_key_heads * few_rows * max_head_dim + 4 * tile_k <= scratch_floats);
   }
 
+  // Whatever tiles a sequence with more queries is divided into, none of them is this one's, or its bits would depend
+  // on that.
   static bool takes(const ForwardParams& p, const QueryTile& t) {
-    return t.queries * t.heads <= few_rows && p.head_dim % few_rows_head_dim == 0;
+    return t.sequence.seqlen_q * t.heads <= few_rows && p.head_dim % few_rows_head_dim == 0;
   }
 
   Lane* queries_of(int key_head, int row) const { return queries + (key_head * few_rows + row) * depth; }
