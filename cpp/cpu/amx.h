@@ -145,7 +145,7 @@ struct Parts<Half> {
     to[0] = pair_of(first_low, first_high);
     to[1] = pair_of(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
     __m512i const magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
-    return _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0 ? infinite : 0;
+    return _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0 ? infinite : Unfit{};
   }
   FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     to[0] = upper_halves(low, high);
@@ -204,8 +204,8 @@ struct Parts<float> {
                                                            _mm512_set1_epi32((254 - 27) << 24));
     if (suspect == 0) return 0;
     __m512i const infinity = _mm512_set1_epi32(static_cast<int>(0xff000000u));
-    return (_mm512_cmpeq_epu32_mask(magnitude, infinity) != 0 ? infinite : 0) |
-           (_mm512_mask_cmplt_epu32_mask(suspect, magnitude, infinity) != 0 ? out_of_range : 0);
+    return (_mm512_cmpeq_epu32_mask(magnitude, infinity) != 0 ? infinite : Unfit{}) |
+           (_mm512_mask_cmplt_epu32_mask(suspect, magnitude, infinity) != 0 ? out_of_range : Unfit{});
   }
 };
 
@@ -252,6 +252,16 @@ FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride,
   }
 }
 
+// Brings the lines that a block will be stored to into the first-level cache, while its products are computed: stores
+// that miss it wait for each other (D 128, 2048 keys: 16% of the time).
+template <int row_tiles>
+FLASHCORE_HD void fetch_block(const float* at, int stride) {
+  for (int i = 0; i < row_tiles * tile_rows; ++i) {
+    __builtin_prefetch(at + i * stride, 1, 3);
+    __builtin_prefetch(at + i * stride + tile_columns, 1, 3);
+  }
+}
+
 template <int row_tiles>
 FLASHCORE_HD void zero_block() {
   tile_zero<0>();
@@ -287,6 +297,7 @@ FLASHCORE_HD void store_block(float* to, int stride) {
 template <typename T, int row_tiles>
 void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride) {
   constexpr int step_bytes = Parts<T>::count * 2 * tile_bytes;
+  fetch_block<row_tiles>(scores, stride);
   zero_block<row_tiles>();
   const char* left = reinterpret_cast<const char*>(queries);
   const char* right = reinterpret_cast<const char*>(keys);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/amx.h"
+#include "cpu/pack.h"
 
 namespace flashcore::cpu {
 namespace {
@@ -28,34 +29,6 @@ unsigned pack_tile_queries(RowOf row_of, int count, int head_dim, uint16_t* to) 
   return unfit;
 }
 
-// rows[i]'s dword j to to[j]'s dword i.
-FLASHCORE_HD void transpose_tile(const __m512i (&rows)[16], uint16_t* to) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // b[i + j]: of rows i to i + 3 the dwords j, 4 + j, 8 + j and 12 + j
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    __m512i const low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);  // dwords j and 8 + j of rows 0 to 7
-    __m512i const high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-    __m512i const odd_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);  // 4 + j and 12 + j
-    __m512i const odd_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    _mm512_storeu_si512(to + 32 * j, _mm512_shuffle_i32x4(low, high, 0x88));
-    _mm512_storeu_si512(to + 32 * (8 + j), _mm512_shuffle_i32x4(low, high, 0xdd));
-    _mm512_storeu_si512(to + 32 * (4 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-    _mm512_storeu_si512(to + 32 * (12 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
-  }
-}
-
 // Keys [0, count), filled up to `keys` of them (a multiple of 32), as [32 keys][step][part][2 tiles], a tile's row two
 // elements of each of 16 keys.
 template <typename T>
@@ -75,7 +48,8 @@ unsigned pack_tile_keys(const T* from, int64_t stride, int count, int keys, int 
         }
         for (int i = 0; i < parts; ++i) rows[i][k] = part[i];
       }
-      for (int i = 0; i < parts; ++i) transpose_tile(rows[i], at + i * 2 * tile_elements);
+      for (int i = 0; i < parts; ++i)
+        transpose_sixteen(rows[i], reinterpret_cast<uint32_t*>(at + i * 2 * tile_elements), tile_columns);
     }
   }
   return unfit;

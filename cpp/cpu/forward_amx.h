@@ -9,30 +9,6 @@
 namespace flashcore::cpu {
 namespace {
 
-// Lane i of the result: v[i]'s lanes, all of them combined by `of` (addition, or the larger).
-template <typename Of>
-FLASHCORE_HD __m512 across_each(const __m512 (&v)[16], Of of) {
-  __m512 a[8], b[4], c[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {  // quarters of i, i, i + 8, i + 8
-    a[i] = of(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44), _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // of i, i + 8, i + 4, i + 12
-    b[i] = of(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) c[i] = of(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
-  __m512 const d = of(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
-  return _mm512_shuffle_f32x4(d, d, 0xd8);
-}
-
-// The state of 16 rows, as SoftmaxRow's.
-struct SixteenRows {
-  Vec max = splat(minus_infinity());
-  Vec sum = splat(0.0f);
-};
-
 template <typename T, typename Score>
 struct ForwardTiles : TileRows<T, Score> {
   using Atom = TileAtom<T>;
@@ -60,7 +36,7 @@ struct ForwardTiles : TileRows<T, Score> {
   float* scores;        // [row of a block][score_stride]
   float* weights;       // [row of a block][weight_floats], or in the place of the scores
   T* gathered;          // [keys_of_tile][head_dim]: rows that lie in pages
-  SixteenRows state[tile_q / tile_rows];
+  RowStates<tile_q> state;
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
 
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
@@ -176,97 +152,32 @@ struct ForwardTiles : TileRows<T, Score> {
   // The scores of sixteen rows become weights, and their outputs so far what the new maxima make of them.
   template <bool masked>
   void softmax(int row, int first_key, Span span, float* s, float* w) {
+    int first[tile_rows], end[tile_rows];
+    for (int i = 0; masked && i < tile_rows; ++i) {
+      int const query = query_of(min_of(row + i, rows - 1));
+      first[i] = clamp_to(mask.first_key(query) - first_key, 0, keys_of_tile);
+      end[i] = clamp_to(mask.end_key(query) - first_key, 0, keys_of_tile);
+    }
     constexpr bool rough = sizeof(T) == 2;
-    float first[tile_rows], end[tile_rows];
-    Span free = span;  // keys that all rows see
-    if constexpr (masked) {
-      for (int i = 0; i < tile_rows; ++i) {
-        int const query = query_of(min_of(row + i, rows - 1));
-        int const begin_at = clamp_to(mask.first_key(query) - first_key, 0, keys_of_tile);
-        int const end_at = clamp_to(mask.end_key(query) - first_key, 0, keys_of_tile);
-        first[i] = static_cast<float>(begin_at);
-        end[i] = static_cast<float>(end_at);
-        free = {max_of(free.begin, begin_at), min_of(free.end, end_at)};
-      }
-    }
-
-    __m512 largest[tile_rows];
-#pragma GCC unroll 1
-    for (int i = 0; i < tile_rows; ++i) {
-      Vec most = splat(minus_infinity());
-      for (int k = span.begin; k < span.end; k += panel_width) {
-        float* const at = s + i * score_stride + k;
-        Vec x[panel_vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < panel_vectors; ++v) x[v] = transform(score, load(at + v * lanes));
-        if (masked && (k < free.begin || k + panel_width > free.end)) {
-          Vec index = lane_indices() + splat(static_cast<float>(k));
-#pragma GCC unroll 4
-          for (int v = 0; v < panel_vectors; ++v, index = index + splat(static_cast<float>(lanes))) {
-            x[v] = where_less(index, splat(first[i]), splat(minus_infinity()), x[v]);
-            x[v] = where_less(index, splat(end[i]), x[v], splat(minus_infinity()));
-            store(at + v * lanes, x[v]);
-          }
-        } else if constexpr (!Score::plain) {
-#pragma GCC unroll 4
-          for (int v = 0; v < panel_vectors; ++v) store(at + v * lanes, x[v]);
-        }
-        most = larger(larger(larger(x[0], x[1]), larger(x[2], x[3])), most);
-      }
-      largest[i] = (__m512)most;
-    }
-
-    SixteenRows& rows_state = state[row / tile_rows];
-    Vec const nothing = splat(minus_infinity());
-    Vec const max = larger((Vec)across_each(largest, [](__m512 a, __m512 b) { return (__m512)larger((Vec)a, (Vec)b); }),
-                           rows_state.max);
-    Vec const offset = where_less(nothing, max, max, splat(0.0f));
-    Vec const ratio = exp2_of((rows_state.max - offset) * splat(score.factor));
-    float offsets[tile_rows];
-    store(offsets, offset);
-
-    __m512 sums[tile_rows];
-#pragma GCC unroll 1
-    for (int i = 0; i < tile_rows; ++i) {
-      Vec sum = splat(0.0f);
-      auto* const to = reinterpret_cast<uint32_t*>(w + i * weight_floats);
-      for (int k = span.begin; k < span.end; k += panel_width) {
-        Vec weight[panel_vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < panel_vectors; ++v) {
-          weight[v] = (load(s + i * score_stride + k + v * lanes) - splat(offsets[i])) * splat(score.factor);
-        }
-        exp2_of<rough>(weight);
-        sum = sum + ((weight[0] + weight[1]) + (weight[2] + weight[3]));
-        Atom::store_weights(to, k, weight);
-      }
-      sums[i] = (__m512)sum;
-    }
-    rows_state.sum =
-        rows_state.sum * ratio + (Vec)across_each(sums, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+    float ratio[tile_rows];
+    softmax_rows<masked, rough, Atom>(score, tile_rows, s, score_stride, reinterpret_cast<uint32_t*>(w), weight_floats,
+                                      span, first, end, state.max + row, state.sum + row, ratio);
+    if (fresh[row / amx_block]) return;
     // Where rows have a new maximum: of 16 tiles of random keys in three.
-    unsigned changed =
-        fresh[row / amx_block] ? 0u : _mm512_cmp_ps_mask((__m512)rows_state.max, (__m512)max, _CMP_LT_OQ);
-    rows_state.max = max;
-    float ratios[tile_rows];
-    store(ratios, ratio);
+    unsigned changed = _mm512_cmp_ps_mask((__m512)load(ratio), (__m512)splat(1.0f), _CMP_NEQ_UQ);
     for (; changed != 0; changed &= changed - 1) {
       int const i = __builtin_ctz(changed);
       float* const to = out + (row + i) * out_stride;
-      for (int c = 0; c < out_stride - lanes; c += lanes) store(to + c, load(to + c) * splat(ratios[i]));
+      for (int c = 0; c < out_stride - lanes; c += lanes) store(to + c, load(to + c) * splat(ratio[i]));
     }
   }
 
   void write() const {
     for (int row = 0; row < rows; row += tile_rows) {
-      SixteenRows const& of = state[row / tile_rows];
-      float max[tile_rows], sum[tile_rows], inverse[tile_rows];
-      store(max, of.max);
-      store(sum, of.sum);
-      Vec const zero = splat(0.0f);
-      store(inverse,
-            (Vec)_mm512_mask_div_ps((__m512)zero, _mm512_cmp_ps_mask((__m512)of.sum, (__m512)zero, _CMP_NEQ_UQ),
-                                    (__m512)splat(1.0f), (__m512)of.sum));
+      Vec const zero = splat(0.0f), sum = load(state.sum + row);
+      float inverse[tile_rows];
+      store(inverse, (Vec)_mm512_mask_div_ps((__m512)zero, _mm512_cmp_ps_mask((__m512)sum, (__m512)zero, _CMP_NEQ_UQ),
+                                             (__m512)splat(1.0f), (__m512)sum));
       for (int i = 0; i < min_of(tile_rows, rows - row); ++i) {
         T* const to = static_cast<T*>(params.o.data) + offset_of(params.o, row + i);
         const float* const from = out + (row + i) * out_stride;
@@ -277,7 +188,7 @@ struct ForwardTiles : TileRows<T, Score> {
           Parts<T>::join(_mm512_mul_ps(columns[0], factor), _mm512_mul_ps(columns[1], factor), to + c,
                          params.head_dim - c);
         }
-        if (params.lse) this->write_lse({max[i], sum[i]}, row + i);
+        if (params.lse) this->write_lse({state.max[row + i], state.sum[row + i]}, row + i);
       }
     }
   }

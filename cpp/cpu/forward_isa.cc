@@ -58,16 +58,16 @@ struct Forward : TileRows<T, Score> {
   using Base = TileRows<T, Score>;
   using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
 
-  int depth;       // lanes of the first product
-  int out_stride;  // head_dim in whole vectors
-  Lane* queries;   // [block][depth][block_rows]
-  float* out;      // [row][out_stride]
-  Lane* keys;      // [panel][depth][panel_width]
-  Lane* values;    // [panel][key / Atom::depth][column]
-  float* scores;   // [strip_rows][tile_k], and the weights in their place
-  T* gathered;     // [tile_k][head_dim]: rows that lie in pages
-  RowState state[tile_q];
-  int packed_keys = 0;  // keys of the packed tile, in whole panels
+  int depth;                        // lanes of the first product
+  int out_stride;                   // head_dim in whole vectors
+  Lane* queries;                    // [block][depth][block_rows]
+  float* out;                       // [row][out_stride]
+  Lane* keys;                       // [panel][depth][panel_width]
+  Lane* values;                     // [panel][key / Atom::depth][column]
+  float* scores;                    // [strip_rows][tile_k], and the weights in their place
+  T* gathered;                      // [tile_k][head_dim]: rows that lie in pages
+  RowStates<tile_q + lanes> state;  // whole vectors may reach over the end
+  int packed_keys = 0;              // keys of the packed tile, in whole panels
 
   Forward(const ForwardParams& p, const QueryTile& t, float* scratch)
       : Base(p, t), depth(ceil_div(p.head_dim, Atom::depth)), out_stride(ceil_div(p.head_dim, lanes) * lanes) {
@@ -142,7 +142,7 @@ struct Forward : TileRows<T, Score> {
     constexpr int blocks = strip_rows / block_rows;
     Span span[blocks];
     int height[blocks];
-    float ratio[strip_rows];
+    float ratio[strip_rows + lanes];
     int const count = min_of(ceil_div(rows - row, block_rows), blocks);
     for (int b = 0; b < count; ++b) {
       height[b] = block_height(rows - row - b * block_rows);
@@ -157,18 +157,7 @@ struct Forward : TileRows<T, Score> {
       }
     }
 
-    for (int b = 0; b < count; ++b) {
-      for (int i = b * block_rows; i < b * block_rows + height[b]; ++i) {
-        if (row + i >= rows || span[b].begin == span[b].end) {
-          ratio[i] = 1.0f;  // a row that is not there, or a block that sees nothing here
-          continue;
-        }
-        int const first = masked ? clamp_to(mask.first_key(query_of(row + i)) - first_key, 0, tile_k) : 0;
-        int const end = masked ? clamp_to(mask.end_key(query_of(row + i)) - first_key, 0, tile_k) : tile_k;
-        ratio[i] = softmax_row<masked, Atom>(score, scores + i * tile_k, reinterpret_cast<Lane*>(scores + i * tile_k),
-                                             span[b], first, end, state[row + i]);
-      }
-    }
+    softmax<masked>(row, first_key, count, height, span, ratio);
 
     const Lane* panel = values;
     for (int c = 0; c < out_stride; c += panel_width) {
@@ -185,9 +174,37 @@ struct Forward : TileRows<T, Score> {
     }
   }
 
+  // The scores of a strip become weights.
+  template <bool masked>
+  FLASHCORE_HD void softmax(int row, int first_key, int count, const int* height, const Span* span, float* ratio) {
+#if defined(__AVX512F__) && defined(__GNUC__)
+    if constexpr (!masked) {
+      for (int i = 0; i < count * block_rows; i += sixteen) {
+        int const here = min_of(sixteen, min_of(rows - row, count * block_rows) - i);
+        softmax_rows<false, false, Atom>(score, here, scores + i * tile_k, tile_k,
+                                         reinterpret_cast<Lane*>(scores + i * tile_k), tile_k, span[0], nullptr,
+                                         nullptr, state.max + row + i, state.sum + row + i, ratio + i);
+      }
+      return;
+    }
+#endif
+    for (int b = 0; b < count; ++b) {
+      for (int i = b * block_rows; i < b * block_rows + height[b]; ++i) {
+        if (row + i >= rows || span[b].begin == span[b].end) {
+          ratio[i] = 1.0f;  // a row that is not there, or a block that sees nothing here
+          continue;
+        }
+        int const first = masked ? clamp_to(mask.first_key(query_of(row + i)) - first_key, 0, tile_k) : 0;
+        int const end = masked ? clamp_to(mask.end_key(query_of(row + i)) - first_key, 0, tile_k) : tile_k;
+        ratio[i] = softmax_row<masked, Atom>(score, scores + i * tile_k, reinterpret_cast<Lane*>(scores + i * tile_k),
+                                             span[b], first, end, state.max[row + i], state.sum[row + i]);
+      }
+    }
+  }
+
   void write() const {
     for (int row = 0; row < rows; ++row) {
-      this->write_row(out + row * out_stride, {state[row].max, sum_across(state[row].sum)}, row);
+      this->write_row(out + row * out_stride, {state.max[row], state.sum[row]}, row);
     }
   }
 };
