@@ -19,19 +19,26 @@ constexpr int tile_elements = tile_rows * tile_depth;  // bfloat16 of a tile
 constexpr int tile_bytes = 2 * tile_elements;
 constexpr int amx_block = 32;  // rows and columns of a block: 2 x 2 tiles of the result
 
-// All eight registers are whole tiles while this lives; none is in use before and after, as the calling convention has
-// it (they are nobody's across a call).
+// Rows of each tile register, and bytes of a row.
+struct TileShapes {
+  uint8_t rows[8];
+  uint16_t bytes[8];
+};
+constexpr TileShapes whole_tiles = {{16, 16, 16, 16, 16, 16, 16, 16}, {64, 64, 64, 64, 64, 64, 64, 64}};
+
+// The registers have these shapes while this lives; none is in use before and after, as the calling convention has it
+// (they are nobody's across a call).
 class TileRegisters {
  public:
-  TileRegisters() {
+  explicit TileRegisters(const TileShapes& shapes = whole_tiles) {
     struct alignas(64) Configuration {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } configuration;
     for (int i = 0; i < 8; ++i) {
-      configuration.row_bytes[i] = 64;
-      configuration.rows[i] = tile_rows;
+      configuration.row_bytes[i] = shapes.bytes[i];
+      configuration.rows[i] = shapes.rows[i];
     }
     asm volatile("ldtilecfg %0" ::"m"(configuration));
   }
@@ -319,6 +326,15 @@ void tile_outputs(const char* weights, int row_bytes, const uint16_t* values, in
     tile_step<Parts<T>::outputs, row_tiles>(weights, tile_rows * row_bytes, row_bytes, 64, right);
   }
   store_block<row_tiles>(out, stride);
+}
+
+// 32 columns of an output row, of each eight the lower four in `first` and the upper four in `second`, in their order.
+FLASHCORE_HD void in_order(const float* first, const float* second, __m512 (&to)[2]) {
+  __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  __m512 const a = _mm512_loadu_ps(first), b = _mm512_loadu_ps(second);
+  to[0] = _mm512_permutex2var_ps(a, low, b);
+  to[1] = _mm512_permutex2var_ps(a, high, b);
 }
 
 }  // namespace

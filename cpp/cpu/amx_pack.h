@@ -82,14 +82,5 @@ unsigned pack_tile_values(const T* from, int64_t stride, int count, int keys, in
   return unfit;
 }
 
-// 32 columns of an output row as pack_tile_values has left them, in their order.
-FLASHCORE_HD void in_order(const float* columns, __m512 (&to)[2]) {
-  __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  __m512 const first = _mm512_loadu_ps(columns), second = _mm512_loadu_ps(columns + lanes);
-  to[0] = _mm512_permutex2var_ps(first, low, second);
-  to[1] = _mm512_permutex2var_ps(first, high, second);
-}
-
 }  // namespace
 }  // namespace flashcore::cpu

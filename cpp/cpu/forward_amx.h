@@ -183,7 +183,7 @@ struct ForwardTiles : TileRows<T, Score> {
         const float* const from = out + (row + i) * out_stride;
         for (int c = 0; c < params.head_dim; c += amx_block) {
           __m512 columns[2] = {(__m512)zero, (__m512)zero};
-          if (!fresh[row / amx_block]) in_order(from + c, columns);
+          if (!fresh[row / amx_block]) in_order(from + c, from + c + lanes, columns);
           __m512 const factor = _mm512_set1_ps(inverse[i]);
           Parts<T>::join(_mm512_mul_ps(columns[0], factor), _mm512_mul_ps(columns[1], factor), to + c,
                          params.head_dim - c);

@@ -11,6 +11,7 @@
 #include "cpu/pack.h"
 #include "cpu/tile_rows.h"
 #if defined(__AMX_BF16__)
+#include "cpu/few_rows_amx.h"
 #include "cpu/forward_amx.h"
 #endif
 
@@ -225,9 +226,10 @@ struct ForwardFew : TileRows<T, Score> {
   static_assert(few_rows_head_dim % Dot<Atom, T>::step == 0);
 
   int depth;
-  Lane* queries;  // [key head][row][depth]
-  float* out;     // [key head][row][head_dim]
-  float* scores;  // [tile_k][4], then the weights
+  Lane* queries;       // [key head][row][depth]
+  float* out;          // [key head][row][head_dim]
+  float* scores;       // [tile_k][4], then the weights
+  Lane* tile_queries;  // [key head][row / 4][depth][4], where products are on tile registers
   FewRows state[most_key_heads][blocks];
 
   ForwardFew(const ForwardParams& p, const QueryTile& t, float* scratch)
@@ -235,8 +237,9 @@ struct ForwardFew : TileRows<T, Score> {
         depth(p.head_dim / Atom::depth),
         queries(reinterpret_cast<Lane*>(scratch)),
         out(scratch + most_key_heads * few_rows * max_head_dim),
-        scores(out + most_key_heads * few_rows * max_head_dim) {
-    static_assert(2 * most_key_heads * few_rows * max_head_dim + 4 * tile_k <= scratch_floats);
+        scores(out + most_key_heads * few_rows * max_head_dim),
+        tile_queries(reinterpret_cast<Lane*>(scores + 4 * tile_k)) {
+    static_assert(3 * most_key_heads * few_rows * max_head_dim + 4 * tile_k <= scratch_floats);
   }
 
   // Whatever tiles a sequence with more queries is divided into, none of them is this one's, or its bits would depend
@@ -246,9 +249,24 @@ struct ForwardFew : TileRows<T, Score> {
   }
 
   Lane* queries_of(int key_head, int row) const { return queries + (key_head * few_rows + row) * depth; }
+  Lane* tile_queries_of(int key_head, int b) const { return tile_queries + (key_head * blocks + b) * 4 * depth; }
   float* out_of(int key_head, int row) const { return out + (key_head * few_rows + row) * params.head_dim; }
 
+#if defined(__AMX_BF16__)
+  static constexpr bool on_tiles = Atom::depth == 2;  // bfloat16
+#endif
+
   void run() {
+#if defined(__AMX_BF16__)
+    if constexpr (on_tiles) {
+      TileRegisters const registers(few_shapes);
+      return pass();
+    }
+#endif
+    pass();
+  }
+
+  void pass() {
     Lane room[largest_row];
     for (int h = 0; h < tile.key_heads; ++h) {
       for (int row = 0; row < few_rows; ++row) {
@@ -260,6 +278,11 @@ struct ForwardFew : TileRows<T, Score> {
         for (int d = 0; d < depth; ++d) queries_of(h, row)[d] = row < rows ? from[d] : Lane{};
         for (int d = 0; d < params.head_dim; ++d) out_of(h, row)[d] = 0.0f;
       }
+#if defined(__AMX_BF16__)
+      if constexpr (on_tiles) {
+        for (int b = 0; b < blocks; ++b) few_queries(queries_of(h, 4 * b), depth, tile_queries_of(h, b));
+      }
+#endif
       for (FewRows& s : state[h]) s = {splat(minus_infinity()), splat(0.0f), {}};
     }
 
@@ -312,8 +335,7 @@ struct ForwardFew : TileRows<T, Score> {
 
   // Four rows with the keys [first_key, first_key + count).
   void block(int key_head, int b, int first_key, int count, Ahead& ahead) {
-    few_scores<Atom>(queries_of(key_head, 4 * b), depth, params.head_dim, key_row(params.k, first_key, key_head),
-                     params.k.row_stride, count, scores, ahead);
+    scores_of(key_head, b, key_row(params.k, first_key, key_head), count, ahead);
 
     float index[lanes], first[lanes], end[lanes];
     for (int i = 0; i < lanes; ++i) {
@@ -356,8 +378,30 @@ struct ForwardFew : TileRows<T, Score> {
     rows_state.max = new_max;
     rows_state.sum = rows_state.sum * ratio + sum;
     store(rows_state.ratio, ratio);
-    few_outputs(Atom{}, scores, rows_state.ratio, key_row(params.v, first_key, key_head), params.v.row_stride, count,
-                params.head_dim, out_of(key_head, 4 * b), ahead);
+    outputs_of(rows_state.ratio, key_row(params.v, first_key, key_head), count, padded, out_of(key_head, 4 * b), ahead);
+  }
+
+  void scores_of(int key_head, int b, const T* keys, int count, Ahead& ahead) {
+    int done = 0;
+#if defined(__AMX_BF16__)
+    if constexpr (on_tiles) {
+      done = count / tile_rows * tile_rows;
+      few_tile_scores(tile_queries_of(key_head, b), params.head_dim, keys, params.k.row_stride, done, scores, ahead);
+    }
+#endif
+    if (done == count) return;
+    few_scores<Atom>(queries_of(key_head, 4 * b), depth, params.head_dim, keys + done * params.k.row_stride,
+                     params.k.row_stride, count - done, scores + 4 * done, ahead);
+  }
+
+  void outputs_of(const float* ratio, const T* values, int count, [[maybe_unused]] int padded, float* to,
+                  Ahead& ahead) {
+#if defined(__AMX_BF16__)
+    if constexpr (on_tiles) {
+      return few_tile_outputs(scores, padded, ratio, values, params.v.row_stride, count, params.head_dim, to, ahead);
+    }
+#endif
+    few_outputs(Atom{}, scores, ratio, values, params.v.row_stride, count, params.head_dim, to, ahead);
   }
 
   SoftmaxRow total_of(int key_head, int row) const {
