@@ -77,8 +77,8 @@ def test_values_near_the_end_of_float32(arrays, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinite_keys_and_values(arrays, dtype):
-    """A key whose scores are all -inf has no weight, and the keys beside it keep theirs; an infinite value that a row sees
-    alone is its result."""
+    """A key whose scores are all -inf has no weight, and the keys beside it keep theirs; an infinite value that a
+    row sees alone is its result."""
     needs(arrays, dtype)
     query, key, value = arrays.qkv(1, 70, 300, 2, 2, 64, dtype, 39)
     query = abs(query) + 1
