@@ -49,6 +49,33 @@ except RuntimeError as error:
 """
 
 
+# Prints whether this thread has tile registers configured, before and after a call. `sttilecfg [rdi]; ret`.
+TILES = """
+import ctypes, mmap
+import numpy as np
+import flashcore
+
+code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+code.write(bytes.fromhex("c4e2794907c3"))
+store = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+
+def configured():
+    configuration = ctypes.create_string_buffer(64)
+    store(configuration)
+    return any(configuration.raw)
+
+flashcore.set_num_threads(1)
+before = configured()
+for keys in (3, 300):
+    for dtype in (np.float32, np.float16):
+        a = np.ones((1, keys, 2, 64), dtype)
+        flashcore.attention(a, a, a)
+        a[0, 0] = np.inf
+        flashcore.attention(a, a, a)
+print(flashcore.info()["cpu"]["isa"], before, configured())
+"""
+
+
 def run(code: str, isa: str):
     return subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent)],
@@ -60,7 +87,7 @@ def run(code: str, isa: str):
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "avx512amx"])
 def test_each_instruction_set(device, isa):
     if device != "cpu":
         pytest.skip("instruction sets are the CPU's")
@@ -81,3 +108,11 @@ def test_unknown_instruction_set(device):
     done = run(CALL, "mmx")
     assert done.returncode == 0, done.stderr
     assert "FLASHCORE_CPU_ISA" in done.stdout and "mmx" in done.stdout and "baseline" in done.stdout
+
+
+def test_tile_registers_are_given_back(device):
+    """A caller's thread is left without tiles, after fallbacks too: they would make every switch of threads dearer."""
+    done = run(TILES, "avx512amx")
+    if "avx512amx" not in flashcore.info()["cpu"]["isas"] or "does not support" in done.stderr:
+        pytest.skip("no tile registers here")
+    assert done.stdout.split() == ["avx512amx", "False", "False"], done.stderr

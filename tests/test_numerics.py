@@ -21,7 +21,7 @@ def needs(arrays, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score", [1.0, 4.0, 16.0, 200.0])
+@pytest.mark.parametrize("score", [1.0, 4.0, 16.0, 200.0, 2500.0])
 @pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(softcap=30.0)], ids=str)
 def test_peaked_scores(arrays, dtype, score, options):
     """From flat rows to rows where one key takes all the weight."""
@@ -61,6 +61,35 @@ def test_values_near_the_end_of_float16(arrays):
     out = flashcore.attention(query, key, value)
     # One rounding of weights near 1/1000 (2⁻¹¹), and one of the output.
     assert float(abs(arrays.float64(out) / 6e4 - 1).max()) < 2.0**-10
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e36])
+def test_values_near_the_end_of_float32(arrays, scale):
+    """Values, and keys against queries of the other end, whose parts would be too small or too large for products of
+    bfloat16."""
+    needs(arrays, "float32")
+    query, key, value = arrays.qkv(1, 130, 300, 2, 2, 64, "float32", 37)
+    clean = flashcore.attention(query, key, value)
+    for moved in ((query, key, value * scale), (query / scale, key * scale, value * scale)):
+        out = arrays.float64(flashcore.attention(*moved)) / scale
+        assert float(abs(out - arrays.float64(clean)).max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_keys_and_values(arrays, dtype):
+    """A key whose scores are all -inf has no weight, and the keys beside it keep theirs; an infinite value that a
+    row sees alone is its result."""
+    needs(arrays, dtype)
+    query, key, value = arrays.qkv(1, 70, 300, 2, 2, 64, dtype, 39)
+    query = abs(query) + 1
+    spoilt = arrays.copy(key)
+    spoilt[:, 200:] = -math.inf
+    out, lse = flashcore.attention(query, spoilt, value, return_lse=True)
+    assert_attention(arrays, out, lse, query, key[:, :200], value[:, :200])
+    value = arrays.copy(value)
+    value[:, 0] = math.inf
+    out = flashcore.attention(query[:, :3], key[:, :3], value[:, :3], causal=True)
+    assert bool((out[:, 0] == math.inf).all())
 
 
 def test_tiny_float16(arrays):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 
 import pytest
@@ -111,6 +112,22 @@ def test_cpu(device, head_dim, dtype):
     assert p.threads >= 1 and p.tile_q >= 1 and p.tile_k >= 1 and p.blocks >= 1
     assert p.shared_memory == 0
     assert p.reason
+
+
+def test_cpu_tiles(device):
+    """The more threads, the smaller the tiles of queries, down to 192; smaller ones where they differ in work."""
+    before = flashcore.get_num_threads()
+    chosen = []
+    try:
+        for threads in (1, 4, 64):
+            flashcore.set_num_threads(threads)
+            full, causal = (shape_plan("cpu", (1, 4096, 8, 64), causal=causal) for causal in (False, True))
+            assert full.tiles == 8 * math.ceil(4096 / full.tile_q)
+            assert causal.tile_q <= full.tile_q
+            chosen.append(full.tile_q)
+    finally:
+        flashcore.set_num_threads(before)
+    assert chosen == sorted(chosen, reverse=True) and set(chosen) <= {192, 384, 768} and chosen[-1] == 192
 
 
 def test_same_question_same_answer(gpu):

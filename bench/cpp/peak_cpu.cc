@@ -19,6 +19,7 @@ FLASHCORE_BENCH_DECLARE(baseline)
 FLASHCORE_BENCH_DECLARE(avx2)
 FLASHCORE_BENCH_DECLARE(avx512)
 FLASHCORE_BENCH_DECLARE(avx512bf16)
+FLASHCORE_BENCH_DECLARE(avx512amx)
 
 namespace {
 
@@ -33,6 +34,9 @@ const PeakLoops& chosen_loops() {
 #endif
 #if FLASHCORE_CPU_HAS_AVX512BF16
   if (name == "avx512bf16") return avx512bf16::peak_loops;
+#endif
+#if FLASHCORE_CPU_HAS_AVX512AMX
+  if (name == "avx512amx") return avx512amx::peak_loops;
 #endif
   return baseline::peak_loops;
 }

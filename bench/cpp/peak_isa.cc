@@ -4,6 +4,9 @@
 #include "peak_isa.h"
 
 #include "cpu/atoms.h"
+#if defined(__AMX_BF16__)
+#include "cpu/amx.h"
+#endif
 
 namespace flashcore::bench {
 namespace {
@@ -47,7 +50,23 @@ double float32_loop(int64_t repetitions, float* registers) {
 }
 
 double bfloat16_loop([[maybe_unused]] int64_t repetitions, [[maybe_unused]] float* registers) {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  // Four results as in the kernel's block, the operands two tiles of numbers that stay small.
+  TileRegisters const tiles;
+  alignas(64) uint32_t little[tile_elements / 2];
+  for (uint32_t& pair : little) pair = 0x2f802f80;  // two 2^-32
+  load_block<2>(registers, 0);
+  tile_load<4>(little, 64);
+  tile_load<6>(little, 64);
+  for (int64_t i = 0; i < repetitions; ++i) {
+    tile_multiply_add<0, 4, 6>();
+    tile_multiply_add<1, 4, 6>();
+    tile_multiply_add<2, 4, 6>();
+    tile_multiply_add<3, 4, 6>();
+  }
+  tile_store<3>(registers, 0);  // all rows to the first
+  return 4 * 2.0 * tile_rows * tile_columns * tile_depth * static_cast<double>(repetitions);
+#elif defined(__AVX512BF16__)
   auto const one = BFloatAtom::splat_wide(0x3f803f80), little = BFloatAtom::splat_wide(0x35803580);  // two 2^-20
   repeat(repetitions, registers, [=](Vec x) { return BFloatAtom::multiply_add(one, little, x); });
   return operations * BFloatAtom::depth * static_cast<double>(repetitions);

@@ -21,7 +21,7 @@ DeviceProperties gpu(const char* name, int capability, int multiprocessors, int 
       name, DeviceType::cuda, capability, multiprocessors, block_kib * 1024, unit_kib * 1024, int64_t{l2_mib} << 20};
 }
 
-DeviceProperties this_cpu() { return {"cpu", DeviceType::cpu, 0, cpu::num_threads(), 0, 0, 0}; }
+DeviceProperties this_cpu() { return {"cpu", DeviceType::cpu, 0, cpu::num_threads(), 0, 0, cpu::second_level_cache()}; }
 
 #if FLASHCORE_HAS_CUDA
 constexpr int max_devices = 64;

@@ -131,13 +131,23 @@ int heads_per_section(const Problem& problem, const DeviceProperties& device, in
   return static_cast<int>(std::clamp<int64_t>(device.l2_bytes / 2 / bytes_per_pair, 1, pairs));
 }
 
+// As large tiles as the cache and an even load of all threads allow: four for each, and eight where they differ. A
+// query's bits do not depend on it.
+int cpu_tile_q(const Problem& problem, const DeviceProperties& device) {
+  Sizes const s = sizes(problem);
+  int64_t const wanted = int64_t{uneven(problem) ? 8 : 4} * device.units;
+  int tile_q = cpu::tile_q_in(device.l2_bytes, s.head_dim);
+  while (tile_q > cpu::least_tile_q && tiles(problem, tile_q, s.heads_q) < wanted) tile_q /= 2;
+  return tile_q;
+}
+
 Plan plan_cpu(const Problem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   Plan plan;
   plan.backend = Backend::cpu;
   plan.kernel = "cpu_forward";
   plan.head_dim = static_cast<int>(s.head_dim);
-  plan.tile_q = cpu::tile_q;
+  plan.tile_q = cpu_tile_q(problem, device);
   plan.tile_k = cpu::tile_k;
   plan.threads = device.units;
   plan.plain_score = plain_score(problem);

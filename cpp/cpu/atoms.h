@@ -3,8 +3,7 @@
 // bits of the inner dimension: one float, or two bfloat16 that the processor multiplies and adds at once.
 #pragma once
 
-#include "cpu/element.h"
-#include "cpu/vec.h"
+#include "cpu/tile_rows.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -13,8 +12,7 @@
 namespace flashcore::cpu {
 namespace {
 
-constexpr int block_rows = 6;                       // rows of the largest register block
-constexpr int panel_width = panel_vectors * lanes;  // and its columns
+constexpr int block_rows = 6;  // rows of the largest register block; it is panel_width wide
 
 struct FloatAtom {
   using Lane = float;
@@ -24,8 +22,11 @@ struct FloatAtom {
   FLASHCORE_HD static Wide load_wide(const Lane* p) { return load(p); }
   FLASHCORE_HD static Wide splat_wide(Lane x) { return splat(x); }
   FLASHCORE_HD static Vec multiply_add(Wide a, Wide b, Vec c) { return a * b + c; }
-  // Weights as the second product's left operand: `to` may be where they come from.
-  FLASHCORE_HD static void store_weights(Lane* to, Vec weights) { store(to, weights); }
+  // A panel of weights, from key k on, as the second product's left operand.
+  FLASHCORE_HD static void store_weights(Lane* row, int k, const Vec (&weights)[panel_vectors]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < panel_vectors; ++v) store(row + k + v * lanes, weights[v]);
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -39,8 +40,12 @@ struct BFloatAtom {
   FLASHCORE_HD static Vec multiply_add(Wide a, Wide b, Vec c) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
-  FLASHCORE_HD static void store_weights(Lane* to, Vec weights) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)weights));
+  FLASHCORE_HD static void store_weights(Lane* row, int k, const Vec (&weights)[panel_vectors]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < panel_vectors; v += 2) {
+      _mm512_storeu_si512(row + (k + v * lanes) / depth,
+                          (__m512i)_mm512_cvtne2ps_pbh((__m512)weights[v + 1], (__m512)weights[v]));
+    }
   }
 };
 #endif

@@ -11,11 +11,21 @@
 
 namespace flashcore::cpu {
 
-// Queries (at most) and keys of a tile. A packed tile of keys and one of values, at head dimension 128 64 KiB each in
-// float32, stay in a second-level cache of 256 KiB and more while the queries of a tile pass over them; packing them
-// costs 3% of the time with 192 queries and 6% with 96.
-constexpr int tile_q = 192;
+// Queries of a tile, at most and at least, and its keys. Every tile of queries packs the keys and values that it sees:
+// 3% of the time with 192 queries in float32, and with products on tile registers 27% with 192 and 8% with 768.
+constexpr int tile_q = 768, least_tile_q = 192;
 constexpr int tile_k = 128;
+
+// The most queries of which, at the given head dimension, packed elements and outputs fill half of a second-level cache
+// of so many bytes, beside packed keys and values.
+constexpr int tile_q_in(int64_t cache_bytes, int64_t head_dim) {
+  int queries = tile_q;
+  while (queries > least_tile_q && queries * head_dim * 8 > cache_bytes / 2) queries /= 2;
+  return queries;
+}
+
+// In bytes, of one processor; 0 where the system does not tell.
+int64_t second_level_cache();
 
 // Tiles of up to this many rows of queries are attended to without packing keys and values, where the head dimension is
 // a multiple of few_rows_head_dim; only their keys may be divided over tasks (plan.splits).
@@ -40,7 +50,8 @@ void forward_kvcache(const KvCacheParams& params, DType dtype, const Plan& plan)
 // Merges partial results (attention/combine.h).
 void combine(const CombineProblem& problem);
 
-// The instruction sets that were compiled in, worst first: "baseline", "avx2", "avx512", "avx512bf16".
+// The instruction sets that were compiled in, worst first: "baseline", "avx2", "avx512", "avx512bf16",
+// "avx512amx".
 std::vector<std::string> compiled_isas();
 
 // The best of them that this processor and its operating system support, or the one that FLASHCORE_CPU_ISA names.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set's copy of the kernel runs. The build defines FLASHCORE_CPU_HAS_AVX2, FLASHCORE_CPU_HAS_AVX512
-// and FLASHCORE_CPU_HAS_AVX512BF16 as 1 for those that it compiled besides the baseline.
+// Which instruction set's copy of the kernel runs. The build defines FLASHCORE_CPU_HAS_AVX2, FLASHCORE_CPU_HAS_AVX512,
+// FLASHCORE_CPU_HAS_AVX512BF16 and FLASHCORE_CPU_HAS_AVX512AMX as 1 for those that it compiled besides the baseline.
 #include <cstdint>
 #include <cstdlib>
 #include <iterator>
@@ -18,6 +18,10 @@
 #include <cpuid.h>
 #endif
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define FLASHCORE_CPU_DECLARE(isa)                                            \
   namespace isa {                                                             \
@@ -30,6 +34,7 @@ FLASHCORE_CPU_DECLARE(baseline)
 FLASHCORE_CPU_DECLARE(avx2)
 FLASHCORE_CPU_DECLARE(avx512)
 FLASHCORE_CPU_DECLARE(avx512bf16)
+FLASHCORE_CPU_DECLARE(avx512amx)
 
 namespace {
 
@@ -81,6 +86,19 @@ bool system_saves(uint32_t parts) {
 }
 
 [[maybe_unused]] bool has_avx512bf16() { return has_avx512() && cpuid(7, 0).eax >= 1 && has(cpuid(7, 1).eax, 1u << 5); }
+
+// Tile registers besides. Linux keeps them from a process until it asks (8 KiB more of state for each thread, once it
+// uses them, and larger signal stacks: the system refuses where an alternate one in use is too small).
+[[maybe_unused]] bool has_avx512amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (!has_avx512bf16() || !has(cpuid(7, 0).edx, amx_bf16 | amx_tile) || !system_saves(0x60000)) return false;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 constexpr Isa isas[] = {
@@ -93,6 +111,9 @@ constexpr Isa isas[] = {
 #endif
 #if FLASHCORE_CPU_HAS_AVX512BF16
     {"avx512bf16", avx512bf16::forward_tile, has_avx512bf16},
+#endif
+#if FLASHCORE_CPU_HAS_AVX512AMX
+    {"avx512amx", avx512amx::forward_tile, has_avx512amx},
 #endif
 };
 

@@ -9,80 +9,17 @@
 #include "cpu/few_rows.h"
 #include "cpu/isa.h"
 #include "cpu/pack.h"
+#include "cpu/tile_rows.h"
+#if defined(__AMX_BF16__)
+#include "cpu/few_rows_amx.h"
+#include "cpu/forward_amx.h"
+#endif
 
 namespace flashcore::cpu {
 namespace {
 
 static_assert(tile_q % block_rows == 0 && strip_rows % block_rows == 0 && tile_k % panel_width == 0);
 static_assert(largest_row == max_head_dim);
-
-// Keys of a tile that a block of rows looks at, in whole panels of keys.
-struct Span {
-  int begin, end;
-};
-
-template <typename Score>
-FLASHCORE_HD Vec transform(const Score& score, Vec s) {
-  if constexpr (Score::plain) {
-    return s;
-  } else {
-    s = s * splat(score.inner);
-    return score.capped ? tanh_of(s) : s;
-  }
-}
-
-// The state of a row: SoftmaxRow's maximum and, lane by lane, its sum.
-struct RowState {
-  Vec sum = splat(0.0f);
-  float max = minus_infinity();
-};
-
-// One row of scores becomes weights 2^(factor · (s − max)), those outside [first, end) zero, in the place of the scores
-// and as `Atom` reads them; `row` takes in the maximum and the sum (of the weights before they are rounded). Returns
-// what the row's output so far must be multiplied by. The maximum is subtracted before the factor comes in, so that the
-// largest score has a weight of exactly 1.
-template <bool masked, typename Atom, typename Score>
-FLASHCORE_HD float softmax_row(const Score& score, float* scores, Span span, int first, int end, RowState& row) {
-  Vec const nothing = splat(minus_infinity());
-  Vec largest = nothing;
-  if (masked || !Score::plain) {
-    Vec index = lane_indices() + splat(static_cast<float>(span.begin));
-    for (int k = span.begin; k < span.end; k += lanes, index = index + splat(static_cast<float>(lanes))) {
-      Vec s = transform(score, load(scores + k));
-      if constexpr (masked) {
-        s = where_less(index, splat(static_cast<float>(first)), nothing, s);
-        s = where_less(index, splat(static_cast<float>(end)), s, nothing);
-      }
-      store(scores + k, s);
-      largest = larger(s, largest);
-    }
-  } else {
-    for (int k = span.begin; k < span.end; k += lanes) largest = larger(load(scores + k), largest);
-  }
-  float const tile_max = max_across(largest);
-  float const new_max = tile_max > row.max ? tile_max : row.max;
-  float const offset = new_max == minus_infinity() ? 0.0f : new_max;
-  float const ratio = lane_exp2((row.max - offset) * score.factor);
-
-  Vec sum = splat(0.0f);
-  auto* const weights = reinterpret_cast<typename Atom::Lane*>(scores);
-  for (int k = span.begin; k < span.end; k += panel_width) {
-    Vec weight[panel_vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < panel_vectors; ++v) {
-      weight[v] = (load(scores + k + v * lanes) - splat(offset)) * splat(score.factor);
-    }
-    exp2_of(weight);
-#pragma GCC unroll 4
-    for (int v = 0; v < panel_vectors; ++v) {
-      Atom::store_weights(weights + (k + v * lanes) / Atom::depth, weight[v]);
-      sum = sum + weight[v];
-    }
-  }
-  row.max = new_max;
-  row.sum = row.sum * splat(ratio) + sum;
-  return ratio;
-}
 
 // The register blocks are as high as the rows that are there allow: 6, 3 or 1.
 FLASHCORE_HD int block_height(int rows) { return rows > 3 ? 6 : rows > 1 ? 3 : 1; }
@@ -115,52 +52,6 @@ void output_of_block(int vectors, int height, const typename Atom::Lane* weights
   }
 }
 
-// The rows of a tile of queries: row r is query q_begin + r / heads of head `head + r % heads`, and with several key
-// heads of the same heads of the groups that follow.
-template <typename T, typename Score>
-struct TileRows {
-  const ForwardParams& params;
-  const QueryTile& tile;
-  Mask mask;
-  Score score;
-  int rows;  // of a key head
-
-  TileRows(const ForwardParams& p, const QueryTile& t)
-      : params(p),
-        tile(t),
-        mask(Mask::make(t.sequence.seqlen_q, t.sequence.seqlen_k, p.window_left, p.window_right)),
-        score(Score::make(p.scale, p.softcap)),
-        rows(t.queries * t.heads) {}
-
-  int query_of(int row) const { return tile.q_begin + row / tile.heads; }
-  int head_of(int row, int key_head) const { return tile.head + key_head * params.group + row % tile.heads; }
-
-  template <typename Pointer>
-  int64_t offset_of(const Rows<Pointer>& array, int row, int key_head = 0) const {
-    return tile.sequence.batch * array.batch_stride + (tile.sequence.first_q + query_of(row)) * array.row_stride +
-           head_of(row, key_head) * array.head_stride;
-  }
-
-  // Where key (or value) `key` of the tile's first key head, or of one after it, lies.
-  const T* key_row(const Rows<const void*>& array, int key, int key_head = 0) const {
-    Sequence const& s = tile.sequence;
-    int64_t const block = s.pages ? s.pages[key / s.page_size] : s.batch;
-    int64_t const row = s.pages ? key % s.page_size : s.first_k + key;
-    return static_cast<const T*>(array.data) + block * array.batch_stride + row * array.row_stride +
-           (tile.head_k + key_head) * array.head_stride;
-  }
-
-  // A row's output, divided by its sum, and its log-sum-exp.
-  void write_row(const float* out, const SoftmaxRow& total, int row, int key_head = 0) const {
-    narrow(out, total.inverse_sum(), params.head_dim,
-           static_cast<T*>(params.o.data) + offset_of(params.o, row, key_head));
-    if (params.lse) {
-      int64_t const head = tile.sequence.batch * params.heads_q + head_of(row, key_head);
-      params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
-    }
-  }
-};
-
 // One tile of queries.
 template <typename T, typename Atom, typename Score>
 struct Forward : TileRows<T, Score> {
@@ -168,16 +59,16 @@ struct Forward : TileRows<T, Score> {
   using Base = TileRows<T, Score>;
   using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
 
-  int depth;       // lanes of the first product
-  int out_stride;  // head_dim in whole vectors
-  Lane* queries;   // [block][depth][block_rows]
-  float* out;      // [row][out_stride]
-  Lane* keys;      // [panel][depth][panel_width]
-  Lane* values;    // [panel][key / Atom::depth][column]
-  float* scores;   // [strip_rows][tile_k], and the weights in their place
-  T* gathered;     // [tile_k][head_dim]: rows that lie in pages
-  RowState state[tile_q];
-  int packed_keys = 0;  // keys of the packed tile, in whole panels
+  int depth;                        // lanes of the first product
+  int out_stride;                   // head_dim in whole vectors
+  Lane* queries;                    // [block][depth][block_rows]
+  float* out;                       // [row][out_stride]
+  Lane* keys;                       // [panel][depth][panel_width]
+  Lane* values;                     // [panel][key / Atom::depth][column]
+  float* scores;                    // [strip_rows][tile_k], and the weights in their place
+  T* gathered;                      // [tile_k][head_dim]: rows that lie in pages
+  RowStates<tile_q + lanes> state;  // whole vectors may reach over the end
+  int packed_keys = 0;              // keys of the packed tile, in whole panels
 
   Forward(const ForwardParams& p, const QueryTile& t, float* scratch)
       : Base(p, t), depth(ceil_div(p.head_dim, Atom::depth)), out_stride(ceil_div(p.head_dim, lanes) * lanes) {
@@ -187,6 +78,7 @@ struct Forward : TileRows<T, Score> {
     values = keys + tile_k * max_head_dim;
     scores = reinterpret_cast<float*>(values + tile_k * max_head_dim);
     gathered = reinterpret_cast<T*>(scores + strip_rows * tile_k);
+    static_assert((2 * tile_q + 3 * tile_k) * max_head_dim + strip_rows * tile_k <= scratch_floats);
   }
 
   void run() {
@@ -251,7 +143,7 @@ struct Forward : TileRows<T, Score> {
     constexpr int blocks = strip_rows / block_rows;
     Span span[blocks];
     int height[blocks];
-    float ratio[strip_rows];
+    float ratio[strip_rows + lanes];
     int const count = min_of(ceil_div(rows - row, block_rows), blocks);
     for (int b = 0; b < count; ++b) {
       height[b] = block_height(rows - row - b * block_rows);
@@ -266,17 +158,7 @@ struct Forward : TileRows<T, Score> {
       }
     }
 
-    for (int b = 0; b < count; ++b) {
-      for (int i = b * block_rows; i < b * block_rows + height[b]; ++i) {
-        if (row + i >= rows || span[b].begin == span[b].end) {
-          ratio[i] = 1.0f;  // a row that is not there, or a block that sees nothing here
-          continue;
-        }
-        int const first = masked ? clamp_to(mask.first_key(query_of(row + i)) - first_key, 0, tile_k) : 0;
-        int const end = masked ? clamp_to(mask.end_key(query_of(row + i)) - first_key, 0, tile_k) : tile_k;
-        ratio[i] = softmax_row<masked, Atom>(score, scores + i * tile_k, span[b], first, end, state[row + i]);
-      }
-    }
+    softmax<masked>(row, first_key, count, height, span, ratio);
 
     const Lane* panel = values;
     for (int c = 0; c < out_stride; c += panel_width) {
@@ -293,9 +175,37 @@ struct Forward : TileRows<T, Score> {
     }
   }
 
+  // The scores of a strip become weights.
+  template <bool masked>
+  FLASHCORE_HD void softmax(int row, int first_key, int count, const int* height, const Span* span, float* ratio) {
+#if defined(__AVX512F__) && defined(__GNUC__)
+    if constexpr (!masked) {
+      for (int i = 0; i < count * block_rows; i += sixteen) {
+        int const here = min_of(sixteen, min_of(rows - row, count * block_rows) - i);
+        softmax_rows<false, false, Atom>(score, here, scores + i * tile_k, tile_k,
+                                         reinterpret_cast<Lane*>(scores + i * tile_k), tile_k, span[0], nullptr,
+                                         nullptr, state.max + row + i, state.sum + row + i, ratio + i);
+      }
+      return;
+    }
+#endif
+    for (int b = 0; b < count; ++b) {
+      for (int i = b * block_rows; i < b * block_rows + height[b]; ++i) {
+        if (row + i >= rows || span[b].begin == span[b].end) {
+          ratio[i] = 1.0f;  // a row that is not there, or a block that sees nothing here
+          continue;
+        }
+        int const first = masked ? clamp_to(mask.first_key(query_of(row + i)) - first_key, 0, tile_k) : 0;
+        int const end = masked ? clamp_to(mask.end_key(query_of(row + i)) - first_key, 0, tile_k) : tile_k;
+        ratio[i] = softmax_row<masked, Atom>(score, scores + i * tile_k, reinterpret_cast<Lane*>(scores + i * tile_k),
+                                             span[b], first, end, state.max[row + i], state.sum[row + i]);
+      }
+    }
+  }
+
   void write() const {
     for (int row = 0; row < rows; ++row) {
-      this->write_row(out + row * out_stride, {state[row].max, sum_across(state[row].sum)}, row);
+      this->write_row(out + row * out_stride, {state.max[row], state.sum[row]}, row);
     }
   }
 };
@@ -316,9 +226,10 @@ struct ForwardFew : TileRows<T, Score> {
   static_assert(few_rows_head_dim % Dot<Atom, T>::step == 0);
 
   int depth;
-  Lane* queries;  // [key head][row][depth]
-  float* out;     // [key head][row][head_dim]
-  float* scores;  // [tile_k][4], then the weights
+  Lane* queries;       // [key head][row][depth]
+  float* out;          // [key head][row][head_dim]
+  float* scores;       // [tile_k][4], then the weights
+  Lane* tile_queries;  // [key head][row / 4][depth][4], where products are on tile registers
   FewRows state[most_key_heads][blocks];
 
   ForwardFew(const ForwardParams& p, const QueryTile& t, float* scratch)
@@ -326,18 +237,36 @@ struct ForwardFew : TileRows<T, Score> {
         depth(p.head_dim / Atom::depth),
         queries(reinterpret_cast<Lane*>(scratch)),
         out(scratch + most_key_heads * few_rows * max_head_dim),
-        scores(out + most_key_heads * few_rows * max_head_dim) {
-    static_assert(2 * most_key_heads * few_rows * max_head_dim + 4 * tile_k <= scratch_floats);
+        scores(out + most_key_heads * few_rows * max_head_dim),
+        tile_queries(reinterpret_cast<Lane*>(scores + 4 * tile_k)) {
+    static_assert(3 * most_key_heads * few_rows * max_head_dim + 4 * tile_k <= scratch_floats);
   }
 
+  // Whatever tiles a sequence with more queries is divided into, none of them is this one's, or its bits would depend
+  // on that.
   static bool takes(const ForwardParams& p, const QueryTile& t) {
-    return t.queries * t.heads <= few_rows && p.head_dim % few_rows_head_dim == 0;
+    return t.sequence.seqlen_q * t.heads <= few_rows && p.head_dim % few_rows_head_dim == 0;
   }
 
   Lane* queries_of(int key_head, int row) const { return queries + (key_head * few_rows + row) * depth; }
+  Lane* tile_queries_of(int key_head, int b) const { return tile_queries + (key_head * blocks + b) * 4 * depth; }
   float* out_of(int key_head, int row) const { return out + (key_head * few_rows + row) * params.head_dim; }
 
+#if defined(__AMX_BF16__)
+  static constexpr bool on_tiles = Atom::depth == 2;  // bfloat16
+#endif
+
   void run() {
+#if defined(__AMX_BF16__)
+    if constexpr (on_tiles) {
+      TileRegisters const registers(few_shapes);
+      return pass();
+    }
+#endif
+    pass();
+  }
+
+  void pass() {
     Lane room[largest_row];
     for (int h = 0; h < tile.key_heads; ++h) {
       for (int row = 0; row < few_rows; ++row) {
@@ -349,6 +278,11 @@ struct ForwardFew : TileRows<T, Score> {
         for (int d = 0; d < depth; ++d) queries_of(h, row)[d] = row < rows ? from[d] : Lane{};
         for (int d = 0; d < params.head_dim; ++d) out_of(h, row)[d] = 0.0f;
       }
+#if defined(__AMX_BF16__)
+      if constexpr (on_tiles) {
+        for (int b = 0; b < blocks; ++b) few_queries(queries_of(h, 4 * b), depth, tile_queries_of(h, b));
+      }
+#endif
       for (FewRows& s : state[h]) s = {splat(minus_infinity()), splat(0.0f), {}};
     }
 
@@ -401,8 +335,7 @@ struct ForwardFew : TileRows<T, Score> {
 
   // Four rows with the keys [first_key, first_key + count).
   void block(int key_head, int b, int first_key, int count, Ahead& ahead) {
-    few_scores<Atom>(queries_of(key_head, 4 * b), depth, params.head_dim, key_row(params.k, first_key, key_head),
-                     params.k.row_stride, count, scores, ahead);
+    scores_of(key_head, b, key_row(params.k, first_key, key_head), count, ahead);
 
     float index[lanes], first[lanes], end[lanes];
     for (int i = 0; i < lanes; ++i) {
@@ -445,8 +378,30 @@ struct ForwardFew : TileRows<T, Score> {
     rows_state.max = new_max;
     rows_state.sum = rows_state.sum * ratio + sum;
     store(rows_state.ratio, ratio);
-    few_outputs(Atom{}, scores, rows_state.ratio, key_row(params.v, first_key, key_head), params.v.row_stride, count,
-                params.head_dim, out_of(key_head, 4 * b), ahead);
+    outputs_of(rows_state.ratio, key_row(params.v, first_key, key_head), count, padded, out_of(key_head, 4 * b), ahead);
+  }
+
+  void scores_of(int key_head, int b, const T* keys, int count, Ahead& ahead) {
+    int done = 0;
+#if defined(__AMX_BF16__)
+    if constexpr (on_tiles) {
+      done = count / tile_rows * tile_rows;
+      few_tile_scores(tile_queries_of(key_head, b), params.head_dim, keys, params.k.row_stride, done, scores, ahead);
+    }
+#endif
+    if (done == count) return;
+    few_scores<Atom>(queries_of(key_head, 4 * b), depth, params.head_dim, keys + done * params.k.row_stride,
+                     params.k.row_stride, count - done, scores + 4 * done, ahead);
+  }
+
+  void outputs_of(const float* ratio, const T* values, int count, [[maybe_unused]] int padded, float* to,
+                  Ahead& ahead) {
+#if defined(__AMX_BF16__)
+    if constexpr (on_tiles) {
+      return few_tile_outputs(scores, padded, ratio, values, params.v.row_stride, count, params.head_dim, to, ahead);
+    }
+#endif
+    few_outputs(Atom{}, scores, ratio, values, params.v.row_stride, count, params.head_dim, to, ahead);
   }
 
   SoftmaxRow total_of(int key_head, int row) const {
@@ -510,6 +465,9 @@ void forward_as(const ForwardParams& params, const QueryTile& tile, float* scrat
   } else if (Few::takes(params, tile)) {
     Few(params, tile, scratch).run();
   } else {
+#if defined(__AMX_BF16__)
+    if (ForwardTiles<T, Score>(params, tile, scratch).run()) return;
+#endif
     Forward<T, Atom, Score>(params, tile, scratch).run();
   }
 }

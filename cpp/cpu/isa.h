@@ -41,12 +41,14 @@ enum class Element : uint8_t { float32, float16, bfloat16 };
 // Computes one tile. `scratch` has scratch_floats floats, 64-byte aligned, and belongs to the calling thread.
 using ForwardTile = void (*)(const ForwardParams&, const QueryTile&, Element, float* scratch);
 
-// The tile of queries (packed for the first product, and its output), of keys, of values, a strip of scores, and the
-// rows of a tile whose keys or values lie in pages, at the largest head dimension: 0.6 MiB.
+// The tile of queries (packed for the first product, and its output), packed tiles of keys and of values, a strip of
+// scores and weights, and the rows of a tile whose keys or values lie in pages, at the largest head dimension and with
+// packed elements of up to 6 bytes (forward_amx.h): 3.5 MiB.
 constexpr int max_head_dim = 256;
 constexpr int strip_rows = 24;
-constexpr int64_t scratch_floats =
-    int64_t{2} * tile_q * max_head_dim + int64_t{3} * tile_k * max_head_dim + strip_rows * tile_k;
+constexpr int packed_bytes = 1 << 20;  // of keys and values
+constexpr int64_t scratch_floats = packed_bytes / 4 + int64_t{5} * tile_q * max_head_dim / 2 + tile_q * 16 +
+                                   64 * (2 * tile_k * 5 / 2 + 32) + 2 * tile_k * max_head_dim;
 
 struct Isa {
   const char* name;

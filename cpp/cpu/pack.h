@@ -64,13 +64,66 @@ FLASHCORE_HD void transpose_four(const Lane* const (&rows)[4], int depth, Lane* 
   }
 }
 
+#if defined(__AVX512F__) && defined(__GNUC__)
+// to[j · stride + i] = dword j of rows[i].
+FLASHCORE_HD void transpose_sixteen(const __m512i (&rows)[16], uint32_t* to, int stride) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // b[i + j]: of rows i to i + 3 the dwords j, 4 + j, 8 + j and 12 + j
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __m512i const low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);  // dwords j and 8 + j of rows 0 to 7
+    __m512i const high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+    __m512i const odd_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);  // 4 + j and 12 + j
+    __m512i const odd_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+    _mm512_storeu_si512(to + stride * j, _mm512_shuffle_i32x4(low, high, 0x88));
+    _mm512_storeu_si512(to + stride * (8 + j), _mm512_shuffle_i32x4(low, high, 0xdd));
+    _mm512_storeu_si512(to + stride * (4 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    _mm512_storeu_si512(to + stride * (12 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+}
+#endif
+
 // Keys [0, count) as panels of panel_width keys: to[panel][d][key].
 template <typename Atom, typename T>
 void pack_keys(const T* keys, int64_t stride, int count, int head_dim, typename Atom::Lane* to) {
   using Lane = typename Atom::Lane;
   static constexpr Lane zeros[largest_row] = {};
-  Lane room[4][largest_row];
   int const depth = ceil_div(head_dim, Atom::depth);
+#if defined(__AVX512F__) && defined(__GNUC__)
+  Lane room[sixteen][largest_row];
+  for (int k = 0; k < ceil_div(count, panel_width) * panel_width; k += sixteen) {
+    const Lane* rows[sixteen];
+    for (int i = 0; i < sixteen; ++i) {
+      rows[i] = k + i < count ? Row<Atom>::lanes_of(keys + (k + i) * stride, head_dim, room[i]) : zeros;
+    }
+    Lane* const panel = to + k / panel_width * panel_width * depth + k % panel_width;
+    for (int d = 0; d < depth; d += sixteen) {
+      __mmask16 const present = static_cast<__mmask16>((1u << min_of(sixteen, depth - d)) - 1);
+      __m512i x[sixteen];
+#pragma GCC unroll 16
+      for (int i = 0; i < sixteen; ++i) x[i] = _mm512_maskz_loadu_epi32(present, rows[i] + d);
+      if (depth - d >= sixteen) {
+        transpose_sixteen(x, reinterpret_cast<uint32_t*>(panel + d * panel_width), panel_width);
+      } else {
+        uint32_t last[sixteen * sixteen];
+        transpose_sixteen(x, last, sixteen);
+        for (int j = 0; j < depth - d; ++j) memcpy(panel + (d + j) * panel_width, last + j * sixteen, 4 * sixteen);
+      }
+    }
+  }
+#else
+  Lane room[4][largest_row];
   for (int panel = 0; panel < count; panel += panel_width, to += panel_width * depth) {
     for (int k = 0; k < panel_width; k += 4) {
       const Lane* rows[4];
@@ -81,6 +134,7 @@ void pack_keys(const T* keys, int64_t stride, int count, int head_dim, typename 
       transpose_four(rows, depth, to + k, panel_width);
     }
   }
+#endif
 }
 
 // Values [0, count), filled with zeros to whole panels of keys, as panels of panel_width columns (the last as narrow as

@@ -156,8 +156,9 @@ FLASHCORE_HD float sum_across(Vec v) {
 // 2^x for x <= 0, to 1.2 ulp: 0 below 2^-126 (no subnormal results), exactly 1 at 0, NaN for NaN. x = n + f with n the
 // nearest integer; 2^f = 1 + f P(f) on [-1/2, 1/2], P of degree 5 fitted for the smallest relative error (2e-9) with
 // the 1 held.
-// `n` vectors side by side, since one alone is a chain of 15 dependent instructions.
-template <int n>
+// `n` vectors side by side, since one alone is a chain of 15 dependent instructions. `rough`: P of degree 3 (3e-6), for
+// weights that are rounded to 11 bits and fewer.
+template <bool rough = false, int n>
 FLASHCORE_HD void exp2_of(Vec (&x)[n]) {
   const Vec shifter = splat(12582912.0f);  // 1.5 · 2^23: adding it leaves n in the low bits
   Vec shifted[n], f[n], p[n];
@@ -165,11 +166,20 @@ FLASHCORE_HD void exp2_of(Vec (&x)[n]) {
   for (int i = 0; i < n; ++i) shifted[i] = x[i] + shifter;
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) f[i] = x[i] - (shifted[i] - shifter);
+  if constexpr (rough) {
 #pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) p[i] = splat(1.5353362e-4f) * f[i] + splat(1.33988746e-3f);
-  for (float const coefficient : {9.61843736e-3f, 5.55033247e-2f, 2.40226479e-1f, 6.93147203e-1f, 1.0f}) {
+    for (int i = 0; i < n; ++i) p[i] = splat(9.58285294e-3f) * f[i] + splat(5.59064262e-2f);
+    for (float const coefficient : {2.40240991e-1f, 6.93124175e-1f, 1.0f}) {
 #pragma GCC unroll 4
-    for (int i = 0; i < n; ++i) p[i] = p[i] * f[i] + splat(coefficient);
+      for (int i = 0; i < n; ++i) p[i] = p[i] * f[i] + splat(coefficient);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) p[i] = splat(1.5353362e-4f) * f[i] + splat(1.33988746e-3f);
+    for (float const coefficient : {9.61843736e-3f, 5.55033247e-2f, 2.40226479e-1f, 6.93147203e-1f, 1.0f}) {
+#pragma GCC unroll 4
+      for (int i = 0; i < n; ++i) p[i] = p[i] * f[i] + splat(coefficient);
+    }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) {

@@ -49,7 +49,7 @@ struct BuildInfo {
   int cuda_runtime_version = 0;         // 13000, ...; 0 without CUDA
   int cuda_driver_version = 0;          // what the installed driver supports; 0 without a driver
   std::string cuda_problem;             // why CUDA devices cannot be used although some may be there; else empty
-  std::vector<std::string> cpu_isas;    // compiled in, worst first: "baseline", "avx2", "avx512", "avx512bf16"
+  std::vector<std::string> cpu_isas;    // compiled in, worst first: "baseline", "avx2", ..., "avx512amx"
   std::string cpu_isa;                  // chosen for this processor (or by FLASHCORE_CPU_ISA)
 };
 BuildInfo build_info();

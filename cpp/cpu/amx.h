@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products on the processor's tile registers (Intel AMX): 16 rows by 64 bytes each, and one instruction that adds the
+// product of two tiles of bfloat16 to a tile of float32. A multiply of float16 or float32 is several of bfloat16: each
+// number is the exact sum of two or three of them, its parts.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/element.h"
+#include "cpu/tile_rows.h"
+
+namespace flashcore::cpu {
+namespace {
+
+constexpr int tile_rows = 16;                          // of a tile register
+constexpr int tile_columns = 16;                       // of float32; of bfloat16 pairs
+constexpr int tile_depth = 32;                         // elements of the inner dimension that one product takes
+constexpr int tile_elements = tile_rows * tile_depth;  // bfloat16 of a tile
+constexpr int tile_bytes = 2 * tile_elements;
+constexpr int amx_block = 32;  // rows and columns of a block: 2 x 2 tiles of the result
+
+// Rows of each tile register, and bytes of a row.
+struct TileShapes {
+  uint8_t rows[8];
+  uint16_t bytes[8];
+};
+constexpr TileShapes whole_tiles = {{16, 16, 16, 16, 16, 16, 16, 16}, {64, 64, 64, 64, 64, 64, 64, 64}};
+
+// The registers have these shapes while this lives; none is in use before and after, as the calling convention has it
+// (they are nobody's across a call).
+class TileRegisters {
+ public:
+  explicit TileRegisters(const TileShapes& shapes = whole_tiles) {
+    struct alignas(64) Configuration {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } configuration;
+    for (int i = 0; i < 8; ++i) {
+      configuration.row_bytes[i] = shapes.bytes[i];
+      configuration.rows[i] = shapes.rows[i];
+    }
+    asm volatile("ldtilecfg %0" ::"m"(configuration));
+  }
+  ~TileRegisters() { asm volatile("tilerelease" ::: "memory"); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// The compiler's own intrinsics (GCC 12) do not say that they read memory.
+template <int tile>
+FLASHCORE_HD void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+}
+template <int tile>
+FLASHCORE_HD void tile_load(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(row_bytes) : "memory");
+}
+template <int tile>
+FLASHCORE_HD void tile_store(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(row_bytes) : "memory");
+}
+// c += a · b, b with two elements of the inner dimension side by side.
+template <int c, int a, int b>
+FLASHCORE_HD void tile_multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+// Which part of the left operand meets which of the right. Neighbours share one, which is then loaded once.
+struct Term {
+  int left, right;
+};
+
+// What products of parts do not stand for: infinity (a part that is 0 makes NaN of it; NaN stays NaN), and numbers too
+// large or too small for their parts.
+enum Unfit : unsigned { infinite = 1, out_of_range = 2 };
+
+// How elements are parts of bfloat16: split() 32 elements, `present` of them (then zeros), to a vector for each part,
+// and tells what is unfit among them; split_weights() those of a panel; join() makes elements of results.
+template <typename T>
+struct Parts;
+
+// Float32 as the multiple of 2^16 (in its bits) that is nearest, half upwards; what remains is exact.
+FLASHCORE_HD __m512 nearest_bfloat(__m512 x) {
+  __m512i const up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+  return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+// The upper halves of both, which are bfloat16: dword i has low[i] and high[i].
+FLASHCORE_HD __m512i upper_halves(__m512 low, __m512 high) {
+  __m512i const moved = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
+  __m512i const upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_ternarylogic_epi32(moved, _mm512_castps_si512(high), upper, 0xd8);  // upper ? high : moved
+}
+// What the upper half leaves, exactly.
+FLASHCORE_HD __m512 rest_of(__m512 x) {
+  __m512i const upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), upper)));
+}
+FLASHCORE_HD __m512i pair_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+FLASHCORE_HD __mmask32 mask_of(int present) {
+  return present >= 32 ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
+}
+
+// Bfloat16 as it is.
+template <>
+struct Parts<BFloat> {
+  static constexpr int count = 1;
+  static constexpr Term scores[] = {{0, 0}};
+  static constexpr Term outputs[] = {{0, 0}};
+
+  FLASHCORE_HD static unsigned split(const BFloat* from, int present, __m512i (&to)[count]) {
+    to[0] = _mm512_maskz_loadu_epi16(mask_of(present), from);
+    return 0;
+  }
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+    __m512i const half = _mm512_set1_epi32(0x8000);  // rounds to the nearest
+    to[0] = upper_halves(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(low), half)),
+                         _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(high), half)));
+  }
+  // To the nearest, halves to even, subnormals as they are (the processor's own conversion takes them for 0). NaN stays
+  // NaN: those of operations and of bfloat16 have zeros in the half that falls off.
+  FLASHCORE_HD static void join(__m512 low, __m512 high, BFloat* to, int present) {
+    __m512i const even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    __m512i const odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    __m512 const evens = rounded(_mm512_permutex2var_ps(low, even, high));
+    __m512 const odds = rounded(_mm512_permutex2var_ps(low, odd, high));
+    _mm512_mask_storeu_epi16(to, mask_of(present), upper_halves(evens, odds));
+  }
+
+ private:
+  FLASHCORE_HD static __m512 rounded(__m512 x) {
+    __m512i const bits = _mm512_castps_si512(x);
+    __m512i const last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))));
+  }
+};
+
+// 11 bits as 8 and 3, so that scores are sums of exact products. Of weights the first 16 bits, and their products leave
+// out 2^-15 of the whole at most, mostly 2^-18.
+template <>
+struct Parts<Half> {
+  static constexpr int count = 2;
+  static constexpr Term scores[] = {{0, 0}, {0, 1}, {1, 1}, {1, 0}};
+  static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
+
+  FLASHCORE_HD static unsigned split(const Half* from, int present, __m512i (&to)[count]) {
+    __m512i const bits = _mm512_maskz_loadu_epi16(mask_of(present), from);
+    __m512 const low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
+    __m512 const high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
+    __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
+    to[0] = pair_of(first_low, first_high);
+    to[1] = pair_of(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
+    __m512i const magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+    return _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0 ? infinite : Unfit{};
+  }
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+    to[0] = upper_halves(low, high);
+    to[1] = upper_halves(rest_of(low), rest_of(high));
+  }
+  FLASHCORE_HD static void join(__m512 low, __m512 high, Half* to, int present) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    __m512i const both =
+        _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low, nearest)), _mm512_cvtps_ph(high, nearest), 1);
+    _mm512_mask_storeu_epi16(to, mask_of(present), both);
+  }
+};
+
+// 24 bits as 8, 8 and 8. Left out are products of parts that come to 2^-26 of the whole and less: float32's own
+// rounding is 2^-25.
+template <>
+struct Parts<float> {
+  static constexpr int count = 3;
+  static constexpr Term scores[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
+  static constexpr Term outputs[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
+
+  FLASHCORE_HD static unsigned split(const float* from, int present, __m512i (&to)[count]) {
+    __mmask32 const mask = mask_of(present);
+    __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+    __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + tile_columns);
+    split(low, high, to);
+    return unfit(low) | unfit(high);
+  }
+  FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) {
+    __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
+    __m512 const rest_low = _mm512_sub_ps(low, first_low), rest_high = _mm512_sub_ps(high, first_high);
+    __m512 const second_low = nearest_bfloat(rest_low), second_high = nearest_bfloat(rest_high);
+    to[0] = pair_of(first_low, first_high);
+    to[1] = pair_of(second_low, second_high);
+    to[2] = pair_of(_mm512_sub_ps(rest_low, second_low), _mm512_sub_ps(rest_high, second_high));
+  }
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+    __m512 const rest_low = rest_of(low), rest_high = rest_of(high);
+    to[0] = upper_halves(low, high);
+    to[1] = upper_halves(rest_low, rest_high);
+    to[2] = upper_halves(rest_of(rest_low), rest_of(rest_high));
+  }
+  FLASHCORE_HD static void join(__m512 low, __m512 high, float* to, int present) {
+    __mmask32 const mask = mask_of(present);
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), low);
+    _mm512_mask_storeu_ps(to + lanes, static_cast<__mmask16>(mask >> 16), high);
+  }
+
+ private:
+  // What rounds to infinity, and what has parts so small that the products take them for 0: all finite numbers but 0
+  // and those in [2^-100, 2^127).
+  FLASHCORE_HD static unsigned unfit(__m512 x) {
+    __m512i const magnitude = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(x));
+    __m512i const above = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(27 << 24));
+    __mmask16 const suspect = _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(magnitude, magnitude), above,
+                                                           _mm512_set1_epi32((254 - 27) << 24));
+    if (suspect == 0) return 0;
+    __m512i const infinity = _mm512_set1_epi32(static_cast<int>(0xff000000u));
+    return (_mm512_cmpeq_epu32_mask(magnitude, infinity) != 0 ? infinite : Unfit{}) |
+           (_mm512_mask_cmplt_epu32_mask(suspect, magnitude, infinity) != 0 ? out_of_range : Unfit{});
+  }
+};
+
+// The weights of Forward's tiles as the second product's left operand: of 32 keys the first part, then the second, ...;
+// side by side the keys i and 16 + i.
+template <typename T>
+struct TileAtom {
+  using Lane = uint32_t;
+  static constexpr int parts = Parts<T>::count;
+  static constexpr int key_bytes = 2 * parts;
+  static constexpr bool in_place = key_bytes <= 4;  // weights fit where the scores were
+
+  FLASHCORE_HD static void store_weights(Lane* row, int k, const Vec (&weights)[panel_vectors]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < panel_vectors; v += 2) {
+      __m512i to[parts];
+      Parts<T>::split_weights((__m512)weights[v], (__m512)weights[v + 1], to);
+#pragma GCC unroll 3
+      for (int i = 0; i < parts; ++i) _mm512_storeu_si512(row + (k + v * lanes) * key_bytes / 4 + i * lanes, to[i]);
+    }
+  }
+};
+
+// One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
+// operand's parts in tiles 4 and 5 (`left_part` and `left_row` bytes apart), the right one's in 6 and 7.
+template <const auto& terms, int row_tiles, int n = 0>
+FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride, int left_part, const char* right) {
+  constexpr int count = sizeof(terms) / sizeof(Term);
+  if constexpr (n < count) {
+    constexpr int i = terms[n].left, j = terms[n].right;
+    constexpr int i_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].left;
+    constexpr int j_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].right;
+    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes, 64);
+    if constexpr (i != i_before) tile_load<4>(left + i * left_part, left_stride);
+    tile_multiply_add<0, 4, 6>();
+    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes, 64);
+    tile_multiply_add<1, 4, 7>();
+    if constexpr (row_tiles == 2) {
+      if constexpr (i != i_before) tile_load<5>(left + left_row + i * left_part, left_stride);
+      tile_multiply_add<2, 5, 6>();
+      tile_multiply_add<3, 5, 7>();
+    }
+    tile_step<terms, row_tiles, n + 1>(left, left_row, left_stride, left_part, right);
+  }
+}
+
+// Brings the lines that a block will be stored to into the first-level cache, while its products are computed: stores
+// that miss it wait for each other (D 128, 2048 keys: 16% of the time).
+template <int row_tiles>
+FLASHCORE_HD void fetch_block(const float* at, int stride) {
+  for (int i = 0; i < row_tiles * tile_rows; ++i) {
+    __builtin_prefetch(at + i * stride, 1, 3);
+    __builtin_prefetch(at + i * stride + tile_columns, 1, 3);
+  }
+}
+
+template <int row_tiles>
+FLASHCORE_HD void zero_block() {
+  tile_zero<0>();
+  tile_zero<1>();
+  if constexpr (row_tiles == 2) {
+    tile_zero<2>();
+    tile_zero<3>();
+  }
+}
+
+template <int row_tiles>
+FLASHCORE_HD void load_block(const float* from, int stride) {
+  tile_load<0>(from, 4 * stride);
+  tile_load<1>(from + tile_columns, 4 * stride);
+  if constexpr (row_tiles == 2) {
+    tile_load<2>(from + tile_rows * stride, 4 * stride);
+    tile_load<3>(from + tile_rows * stride + tile_columns, 4 * stride);
+  }
+}
+
+template <int row_tiles>
+FLASHCORE_HD void store_block(float* to, int stride) {
+  tile_store<0>(to, 4 * stride);
+  tile_store<1>(to + tile_columns, 4 * stride);
+  if constexpr (row_tiles == 2) {
+    tile_store<2>(to + tile_rows * stride, 4 * stride);
+    tile_store<3>(to + tile_rows * stride + tile_columns, 4 * stride);
+  }
+}
+
+// Scores of a block: 16 · row_tiles queries with 32 keys, over `steps` times 32 elements of the head dimension. Both
+// operands are packed as [step][part][2 tiles].
+template <typename T, int row_tiles>
+void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride) {
+  constexpr int step_bytes = Parts<T>::count * 2 * tile_bytes;
+  fetch_block<row_tiles>(scores, stride);
+  zero_block<row_tiles>();
+  const char* left = reinterpret_cast<const char*>(queries);
+  const char* right = reinterpret_cast<const char*>(keys);
+  for (int s = 0; s < steps; ++s, left += step_bytes, right += step_bytes) {
+    tile_step<Parts<T>::scores, row_tiles>(left, tile_bytes, 64, 2 * tile_bytes, right);
+  }
+  store_block<row_tiles>(scores, stride);
+}
+
+// Outputs of a block: out += weights of 16 · row_tiles rows (as TileAtom stores them, `row_bytes` a row) · values of 32
+// columns, packed as [32 keys][part][2 tiles], over `steps` times 32 keys. `fresh`: out counts as zeros.
+template <typename T, int row_tiles>
+void tile_outputs(const char* weights, int row_bytes, const uint16_t* values, int steps, bool fresh, float* out,
+                  int stride) {
+  constexpr int parts = Parts<T>::count;
+  fresh ? zero_block<row_tiles>() : load_block<row_tiles>(out, stride);
+  const char* right = reinterpret_cast<const char*>(values);
+  for (int s = 0; s < steps; ++s, weights += parts * 64, right += parts * 2 * tile_bytes) {
+    tile_step<Parts<T>::outputs, row_tiles>(weights, tile_rows * row_bytes, row_bytes, 64, right);
+  }
+  store_block<row_tiles>(out, stride);
+}
+
+// 32 columns of an output row, of each eight the lower four in `first` and the upper four in `second`, in their order.
+FLASHCORE_HD void in_order(const float* first, const float* second, __m512 (&to)[2]) {
+  __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  __m512 const a = _mm512_loadu_ps(first), b = _mm512_loadu_ps(second);
+  to[0] = _mm512_permutex2var_ps(a, low, b);
+  to[1] = _mm512_permutex2var_ps(a, high, b);
+}
+
+}  // namespace
+}  // namespace flashcore::cpu
