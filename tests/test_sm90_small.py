@@ -49,8 +49,8 @@ def force(monkeypatch):
 
 
 def holds(head_dim: int, seqlen_k: int, form: tuple[int, int, int]) -> bool:
-    """Whether the keys fit the shared memory: always up to 600, but for a single warpgroup and large heads."""
-    return seqlen_k <= (600 if head_dim <= 64 or form != FORMS[0] else 384)
+    """Whether the keys fit the shared memory: always up to 600, but for large heads and few blocks of a tile."""
+    return seqlen_k <= (600 if head_dim <= 64 else {FORMS[0]: 384, (64, 2, 2): 512}.get(form, 600))
 
 
 def planned(query, key, value, form, options=PLAIN):

@@ -79,6 +79,11 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 __device__ __forceinline__ void consumers_sync(int threads) {
   asm volatile("barrier.cta.sync.aligned 1, %0;" ::"r"(threads) : "memory");
 }
+// All warps of the block, in two branches: not __syncthreads(), which wants them in one place.
+template <class Config>
+__device__ __forceinline__ void part_is_known() {
+  asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
+}
 // The address of what lies at `address` of this block's shared memory in that of the cluster's block `rank`.
 __device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
   uint32_t result;
@@ -310,7 +315,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
                                                   (Config::head_dim + (1 << a.log_cluster)));
     }
   }
-  __syncthreads();  // the part is known
+  part_is_known<Config>();
   if (part.sequence < 0) return;
 
   if (p.page_table == nullptr) {
@@ -487,7 +492,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   if (known) {
     place_of_q = even_part<Config>(a, index);
   } else {
-    __syncthreads();  // the part is known
+    part_is_known<Config>();
     place_of_q = part;
     if (part.sequence < 0) {
       if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
@@ -504,7 +509,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
                      row < place_of_q.valid_rows && chunk * 8 < p.head_dim);
   }
   sm80::copy_commit();
-  if (known) __syncthreads();  // the part is known
+  if (known) part_is_known<Config>();
   if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
   sm80::copy_wait_all();
   consumers_sync(consumers);  // the queries are here

@@ -48,8 +48,17 @@ struct ForwardConfig {
 
   // Tiles that every row sees whole leave the rows' references where they are: see `steady_step`.
   static constexpr bool steady = plain_score_;
-  // Weights are cut to bfloat16's bits before they are added up, see `run_forward`.
-  static constexpr bool cuts = !sums_by_product && std::is_same_v<Element, __nv_bfloat16>;
+  // Where no product adds the weights up, they are cut to their type's bits before they are added: the sums must be of
+  // the weights that the second product gets, or the largest weight of a peaked row would be rounded in one place and
+  // not in the other. `lift` (bits) makes up for the mean of what is cut off: 2^-8 or 2^-11, times the mean of 1 / m
+  // over the mantissas m, 1 / (2 ln 2). Calls for the log-sum-exp, whose sums must not be rounded, have no steady tiles
+  // then.
+  static constexpr bool cuts = !sums_by_product, bfloat = std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr uint32_t kept = bfloat ? 0xffff0000 : 0xffffe000;
+  static constexpr float lift = cuts ? (bfloat ? 0.004063f : 0.000508f) : 0.0f;
+  // A row's largest weight so far is 2^−slack, and a tile moves the row's reference where one of its weights reaches 2:
+  // 1 + slack bits more. bfloat16 has float32's exponents, float16's weights lose bits below 2^−14.
+  static constexpr float slack = !steady ? 0.0f : bfloat ? 24.0f : 3.0f;
 
   static constexpr int tile_q = 64 * warpgroups;
   static constexpr int threads = 128 * (1 + warpgroups);
@@ -113,10 +122,7 @@ struct Arguments {
   uint32_t tiles;  // that the scheduler numbers
   int pack;        // query heads of one key head whose rows share a tile
   int q_bytes;     // that TMA brings for a tile of queries
-  // A row's largest weight so far is 2^−slack, and a tile moves the row's reference where one of its weights reaches 2:
-  // 1 + slack bits more. Of each weight in such a tile the bits `kept` are.
-  float slack;
-  uint32_t kept;
+  bool steady;     // whether tiles may leave the references where they are
   Score score;
 };
 
@@ -366,19 +372,20 @@ __device__ __forceinline__ void raise_maxima(float (&s)[n], SoftmaxRow (&state)[
   }
 }
 
-// Turns scores into weights 2^(factor · s − offset), of which the bits `kept` are, and gives their sums. Four sums of a
-// row, or the additions would wait for each other.
+// Turns scores into weights 2^(factor · s − offset), cut where Config says so, and gives their sums: four of a row, or
+// the additions would wait for each other.
 template <class Config, int n>
 __device__ __forceinline__ void steady_exponentials(float (&s)[n], float (&sums)[2], float const (&offset)[2],
-                                                    float factor, uint32_t kept) {
+                                                    float factor) {
   constexpr int chains = n > 64 ? 2 : 4;
   float added[2][chains] = {};
+  float const lifted[2] = {Config::lift - offset[0], Config::lift - offset[1]};
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     int const half = i / 2 % 2;
-    s[i] = exp2_of(fmaf(s[i], factor, -offset[half]));
+    s[i] = exp2_of(fmaf(s[i], factor, lifted[half]));
     if constexpr (Config::adds_sums) {
-      if constexpr (Config::cuts) s[i] = __uint_as_float(__float_as_uint(s[i]) & kept);
+      if constexpr (Config::cuts) s[i] = __uint_as_float(__float_as_uint(s[i]) & Config::kept);
       added[half][i / 4 % chains] += s[i];
     }
   }
@@ -501,7 +508,7 @@ __device__ __forceinline__ void store(Arguments<typename Config::Score> const& a
     if constexpr (Config::adds_sums) {
       row_state.sum = quad_sum(row_state.sum);
       if (row.lse != nullptr && threadIdx.x % 4 == 0 && row.present)
-        *row.lse = row_state.lse(a.score.factor) + a.slack * ln_2;
+        *row.lse = row_state.lse(a.score.factor) + Config::slack * ln_2;
     }
     if constexpr (Config::sums_by_product) row_state.sum = o[Config::head_dim / 2 + 2 * half];
     write_row<Config>(row, half, a.p.head_dim, o, row_state.inverse_sum());
@@ -525,7 +532,7 @@ __device__ __forceinline__ bool move_references(Arguments<typename Config::Score
     for (int j = 0; j < n / 4; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
     top = quad_max(top);
     if (top >= near_infinity && (lane.row + 8 * half) / a.pack < job_of<Config>(a, work).queries) good = false;
-    float const by = top >= 2.0f ? log2_of(top) + a.slack : 0.0f;  // how far the reference moves, in bits
+    float const by = top >= 2.0f ? log2_of(top) + Config::slack : 0.0f;  // how far the reference moves, in bits
     float const ratio = exp2_of(-by);
 #pragma unroll
     for (int j = 0; j < n / 4; ++j) {
@@ -640,8 +647,8 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   // Puts the largest weight at 2^−slack.
   auto const lower = [&](float (&offset)[2]) {
     if constexpr (Config::steady) {
-      offset[0] += a.slack;
-      offset[1] += a.slack;
+      offset[0] += Config::slack;
+      offset[1] += Config::slack;
     }
   };
 
@@ -862,7 +869,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       release(shared.empty[keys]);
       if (i == count - 1) release_queries();
       float added[2];
-      steady_exponentials<Config>(s, added, offset, a.score.factor, a.kept);
+      steady_exponentials<Config>(s, added, offset, a.score.factor);
       cute::warpgroup_wait<0>();
       hold(o);
       release(shared.empty[values]);
@@ -874,13 +881,13 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       // masked tiles are behind a window's left end, any.
       bool const blind = masked > 0 && (job.range.full_end == job.range.end ||
                                         job.mask.end_key(first_of_warpgroup) <= (job.range.end - masked) * tile_k);
-      int const exact = work.once_more ? count : min_of(count, masked + blind);
+      int const exact = work.once_more || !a.steady ? count : min_of(count, masked + blind);
 #pragma unroll 1
       for (; i < exact; ++i) step(i, std::true_type{});
 #pragma unroll 1
       for (; i < count; ++i) steady_step(i);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) state[half].max = (offset[half] - a.slack) / a.score.factor;
+      for (int half = 0; half < 2; ++half) state[half].max = (offset[half] - Config::slack) / a.score.factor;
     } else {
 #pragma unroll 1
       for (; i < masked; ++i) step(i, std::true_type{});
@@ -968,12 +975,6 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
                        {0, rows.row_stride, rows.head_stride, rows.batch_stride},
                        {1, Config::tile_k}});
   };
-  // Where the sums are of the weights that the second product gets, the slack is as wide as the type allows: bfloat16
-  // has float32's exponents, float16's weights lose bits below 2^−14. Else it is narrow, since the largest weight of a
-  // peaked row is then rounded in one place and not in the other. The log-sum-exp needs sums that are not rounded.
-  bool const bfloat = dtype == bfloat16, exact_sums = Config::sums_by_product || (Config::cuts && p.lse == nullptr);
-  float const slack = !Config::steady ? 0.0f : !exact_sums ? 1.0f : bfloat ? 24.0f : 3.0f;
-  uint32_t const kept = Config::cuts && exact_sums ? 0xffff0000u : 0xffffffffu;
   Arguments<typename Config::Score> const arguments{
       tensor_map({p.q.data,
                   dtype,
@@ -989,8 +990,7 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
              : ceil_div(groups * p.batch, plan.heads_per_section) * static_cast<uint32_t>(plan.section_slots),
       plan.packed_heads,
       Config::panels * plan.packed_heads * queries * row_bytes,
-      slack,
-      kept,
+      Config::steady && (Config::sums_by_product || p.lse == nullptr),
       Config::Score::make(p.scale, p.softcap)};
   if constexpr (Config::sums_by_product) {
     if (p.lse != nullptr) return launch<WithLse<Config>>(arguments, plan.blocks, stream);
