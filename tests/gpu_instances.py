@@ -83,7 +83,7 @@ def attention(backend: str, seed: int = 0) -> set[str]:
                         out = on_gpu(flashcore.attention, *tensors, backend=backend, **options.keywords())
                         assert_attention(cpu, out, None, *tensors, options, f"{name} {shape} {options}, no lse")
                 if backend == "sm90" and head_dim in HEAD_DIMS:  # scores that rise so far that tiles are run again
-                    tensors[1][:, 5] *= 100
+                    tensors[1][:, 5] *= 20
                     out = on_gpu(flashcore.attention, *tensors, backend=backend)
                     assert_attention(cpu, out, None, *tensors, PLAIN, f"{name} {shape}, again")
     return ran
