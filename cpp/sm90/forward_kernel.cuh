@@ -881,9 +881,13 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       // masked tiles are behind a window's left end, any.
       bool const blind = masked > 0 && (job.range.full_end == job.range.end ||
                                         job.mask.end_key(first_of_warpgroup) <= (job.range.end - masked) * tile_k);
-      int const exact = work.once_more || !a.steady ? count : min_of(count, masked + blind);
+      int const exact = min_of(count, masked + blind);
 #pragma unroll 1
       for (; i < exact; ++i) step(i, std::true_type{});
+      if (!a.steady || work.once_more) {
+#pragma unroll 1
+        for (; i < count; ++i) step(i, std::false_type{});
+      }
 #pragma unroll 1
       for (; i < count; ++i) steady_step(i);
 #pragma unroll
