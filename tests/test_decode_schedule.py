@@ -61,14 +61,20 @@ def check(lengths, capacity, tokens, new, window, lines, blocks, most_parts):
     return {item: [p[:2] for p in pieces] for item, pieces in of_item.items()}
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_every_tile_once(device, seed):
-    rng = random.Random(seed)
+def drawn(rng):
+    """A problem: lengths of its sequences, rows of the cache, tokens, new ones, and what they see to either side."""
     tokens, new = rng.choice((1, 2, 5, 16)), rng.choice((0, 0, 1, 3, 70))
     capacity = rng.choice((128, 640, 4096))
     batch = rng.choice((1, 2, 7, 33, 70))
     lengths = [rng.choice((0, 1, 64, rng.randrange(capacity), capacity - new)) for _ in range(batch)]
     window = rng.choice(((UNLIMITED, UNLIMITED), (UNLIMITED, 0), (100, 0), (0, 0), (300, 20)))
+    return lengths, capacity, tokens, new, window
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_tile_once(device, seed):
+    rng = random.Random(seed)
+    lengths, capacity, tokens, new, window = drawn(rng)
     lines, blocks = rng.choice((1, 3, 8)), rng.choice((1, 2, 13, 264))
     check(lengths, capacity, tokens, new, window, lines, blocks, rng.choice((0, 0, 8, 128)))
 
@@ -118,14 +124,10 @@ def check_parts(lengths, capacity, tokens, new, window, lines, aimed, alike, mos
 @pytest.mark.parametrize("seed", range(60))
 def test_parts(device, seed):
     rng = random.Random(seed)
-    tokens, new = rng.choice((1, 2, 5, 16)), rng.choice((0, 0, 1, 3, 70))
-    capacity = rng.choice((128, 640, 4096))
-    batch = rng.choice((1, 2, 7, 33, 70))
-    lengths = [rng.choice((0, 1, 64, rng.randrange(capacity), capacity - new)) for _ in range(batch)]
-    window = rng.choice(((UNLIMITED, UNLIMITED), (UNLIMITED, 0), (100, 0), (0, 0), (300, 20)))
+    lengths, capacity, tokens, new, window = drawn(rng)
     lines, aimed, alike = rng.choice((1, 3, 8)), rng.choice((1, 2, 13, 264)), rng.choice((1, 2, 4))
     check_parts(lengths, capacity, tokens, new, window, lines, aimed, alike, rng.choice((0, 0, 8, 128)))
-    check_parts([lengths[0]] * batch, capacity, tokens, new, window, lines, aimed, alike, 0)
+    check_parts([lengths[0]] * len(lengths), capacity, tokens, new, window, lines, aimed, alike, 0)
 
 
 def test_parts_of_clamped_lengths(device):

@@ -169,13 +169,12 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
-  Division const division = division_of(problem, device, work, tile.blocks_a_unit());
+  int const blocks_a_unit = tile.blocks_a_unit();
+  Division const division = division_of(problem, device, work, blocks_a_unit);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
-  int const cluster_rows = division.cluster > 1 ? part_rows : 0, blocks_a_unit = tile.blocks_a_unit();
-  auto const stages = [&](int blocks) {
-    int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks - 1024;
-    return tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
-  };
+  int const cluster_rows = division.cluster > 1 ? part_rows : 0;
+  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
+  int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
 
   Plan plan;
   plan.backend = Backend::sm90;
@@ -186,7 +185,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   plan.packed_heads = static_cast<int>(work.group);
   plan.threads = 32 * (HopperDecodeTile::warps + 1);
   plan.plain_score = plain_score(options_of(problem));
-  plan.shared_memory = tile.shared_memory(stages(blocks_a_unit), cluster_rows);
+  plan.shared_memory = tile.shared_memory(stages, cluster_rows);
   plan.tiles = work.items * work.tiles_a_line;
   plan.cluster = division.cluster;
   plan.even_parts = division.even_parts;
@@ -197,7 +196,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   } else if (s.batch > 1) {
     int64_t const aimed = int64_t{parts_a_unit} * device.units;
     parts = std::min(plan.tiles, std::max(parts, work.items + aimed));
-    plan.splits = static_cast<int>(std::min({work.tiles_a_line, parts - work.items + 1}));
+    plan.splits = static_cast<int>(std::min(work.tiles_a_line, parts - work.items + 1));
   } else {  // one sequence is as long as itself
     plan.splits = division.even_parts;
   }

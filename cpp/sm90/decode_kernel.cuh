@@ -18,6 +18,7 @@
 #include "core/once_per_device.h"
 #include "flashcore/plan.h"
 #include "sm80/decode_rows.cuh"
+#include "sm90/cluster.h"
 #include "sm90/decode_parts.cuh"
 #include "sm90/decode_tile.h"
 #include "sm90/tensor_map.h"
@@ -72,10 +73,6 @@ using Work = sm80::DecodeRows<typename Config::Element, Config::head_dim, Config
 
 // --- instructions ----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void consumers_sync(int threads) {
   asm volatile("barrier.cta.sync.aligned 1, %0;" ::"r"(threads) : "memory");
 }
@@ -83,12 +80,6 @@ __device__ __forceinline__ void consumers_sync(int threads) {
 template <class Config>
 __device__ __forceinline__ void part_is_known() {
   asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
-}
-// The address of what lies at `address` of this block's shared memory in that of the cluster's block `rank`.
-__device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
-  uint32_t result;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
-  return result;
 }
 // Writes to another block's shared memory, whose barrier counts the bytes.
 __device__ __forceinline__ void send(uint32_t address, float x, uint32_t barrier) {
@@ -373,7 +364,7 @@ __device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory
   int const blocks = 1 << a.log_cluster, sources = blocks * Config::warps, columns = Config::head_dim >> a.log_cluster;
   int const source = (blockIdx.x & (blocks - 1)) * Config::warps + warp;
   uint32_t const all = shared_address(shared.received_all());
-  cluster_wait();  // all blocks run
+  cluster_wait_acquire();  // all blocks run
 #pragma unroll
   for (int m = 0; m < Config::slices; ++m) {
 #pragma unroll
@@ -387,14 +378,14 @@ __device__ __forceinline__ void send_rows(DecodeArguments const& a, DecodeMemory
       uint32_t const lse_to = shared_address(shared.received_lse(part.valid_rows) + row * sources + source);
 #pragma unroll 1
       for (int block = lane % 4; block < blocks; block += 4) {
-        if (acts) send(address_in(lse_to, block), lse, address_in(all, block));
+        if (acts) send(in_block(lse_to, block), lse, in_block(all, block));
       }
       uint32_t const to = shared_address(shared.received() + (row * sources + source) * columns + lane % 4 * 2);
 #pragma unroll
       for (int n = 0; n < static_cast<int>(slices_n); ++n) {
         int const owner = static_cast<int>(static_cast<unsigned>(n * blocks) / slices_n);
         float const low = work.o[m][n][2 * half] * inverse, high = work.o[m][n][2 * half + 1] * inverse;
-        uint32_t const at = address_in(to + (n * 8 - owner * columns) * 4, owner), barrier = address_in(all, owner);
+        uint32_t const at = in_block(to + (n * 8 - owner * columns) * 4, owner), barrier = in_block(all, owner);
         if (acts) send(at, low, high, barrier);
       }
     }
@@ -678,7 +669,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     cutlass::arch::fence_barrier_init();
     __syncwarp();
   }
-  if (a.log_cluster > 0) cluster_arrive();
+  if (a.log_cluster > 0) cluster_arrive_relaxed();
   sm80::wait_for_primary();
   sm80::let_dependents_launch();
 
@@ -690,7 +681,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     consume<Config>(a, shared, work, warp, lane);
   }
   if (shared.part().sequence < 0) {
-    if (a.log_cluster > 0) cluster_wait();
+    if (a.log_cluster > 0) cluster_wait_acquire();
     return;
   }
   finish<Config>(a, shared, work, warp, lane, warp != Config::warps);

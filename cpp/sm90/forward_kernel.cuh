@@ -466,8 +466,22 @@ __device__ __forceinline__ void store_nothing(Arguments<typename Config::Score> 
   }
 }
 
-// Writes row `half` of this lane's two, times `factor`. Lanes of a quad exchange what they hold (a transpose of 4 × 4
-// pairs), so that each writes 16 bytes.
+// The four lanes of a quad exchange what they hold: lane i gets the i-th words of all.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
+  int const t = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    bool const upper = t & step;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & step) continue;
+      uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + step], step);
+      (upper ? x[j] : x[j + step]) = got;
+    }
+  }
+}
+
+// Writes row `half` of this lane's two, times `factor`, 16 bytes a lane.
 template <class Config, int n>
 __device__ __forceinline__ void write_row(OutputRow<Config> const& row, int half, int head_dim, float const (&o)[n],
                                           float factor) {
@@ -480,16 +494,7 @@ __device__ __forceinline__ void write_row(OutputRow<Config> const& row, int half
       float const* const pair = &o[4 * (4 * g + j) + 2 * half];
       x[j] = Precision<typename Config::Element>::pack(pair[0] * factor, pair[1] * factor);
     }
-#pragma unroll
-    for (int step = 1; step <= 2; step *= 2) {
-      bool const upper = t & step;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (j & step) continue;
-        uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + step], step);
-        (upper ? x[j] : x[j + step]) = got;
-      }
-    }
+    transpose_in_quad(x);
     int const column = (4 * g + t) * 8;
     if (row.present && column < head_dim) {
       *reinterpret_cast<uint4*>(row.out + column) = uint4{x[0], x[1], x[2], x[3]};
@@ -587,14 +592,11 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     }
     cute::warpgroup_commit_batch();
   };
-  auto const values_at = [&](int slot) {
+  auto const issue_output = [&](int slot) {
     uint32_t const panel_stride = Config::sums_by_product
                                       ? cute::cast_smem_ptr_to_uint(shared.ones) - shared_kv - slot * Config::kv_bytes
                                       : Config::kv_panel;
-    return operand(shared_kv + slot * Config::kv_bytes, panel_stride);
-  };
-  auto const issue_output = [&](int slot) {
-    uint64_t const values = values_at(slot);
+    uint64_t const values = operand(shared_kv + slot * Config::kv_bytes, panel_stride);
     hold(o);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -792,11 +794,10 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       clear_tail(ragged, tail);
     }
 
-    // The others: scores of this tile, output of the one before, softmax of this one meanwhile.
-    auto const step = [&](int i, auto mask) {
-      constexpr bool masks = decltype(mask)::value;
-      Visible seen;
-      if constexpr (masks) seen = visible<Config>(a, job_at(current.number), lane, i);
+    // The others: scores of this tile, output of the one before, softmax of this one meanwhile. multiply() issues both
+    // products of the i-th tile, waits for the scores and gives the slot of the values, finish_output() waits for the
+    // output.
+    auto const multiply = [&](int i) {
       int const keys = place.slot;
       take_turn();
       shared.full[keys].wait(place.phase);
@@ -811,14 +812,24 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       hold(s);
       release(shared.empty[keys]);
       if (i == count - 1) release_queries();
+      return values;
+    };
+    auto const finish_output = [&](int values) {
+      cute::warpgroup_wait<0>();
+      hold(o);
+      release(shared.empty[values]);
+    };
+    auto const step = [&](int i, auto mask) {
+      constexpr bool masks = decltype(mask)::value;
+      Visible seen;
+      if constexpr (masks) seen = visible<Config>(a, job_at(current.number), lane, i);
+      int const values = multiply(i);
       transform(s, a.score);
       if constexpr (masks) hide(s, seen);
       raise_maxima(s, state, ratio, offset, a.score);
       lower(offset);
       exponentials<Config>(s, state, offset, a.score.factor);
-      cute::warpgroup_wait<0>();
-      hold(o);
-      release(shared.empty[values]);
+      finish_output(values);
 #pragma unroll
       for (int j = 0; j < columns / 2; ++j) o[j] *= ratio[j / 2 % 2];
 #pragma unroll
@@ -854,49 +865,32 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     // output nor the sums are multiplied by anything. Floating point does not mind by what common factor weights are
     // too large or too small, until one reaches 2: then the references move.
     auto const steady_step = [&](int i) {
-      int const keys = place.slot;
-      take_turn();
-      shared.full[keys].wait(place.phase);
-      place.advance();
-      int const values = place.slot;
-      issue_scores(keys);
-      shared.full[values].wait(place.phase);
-      issue_output(values);
-      pass_turn();
-      place.advance();
-      cute::warpgroup_wait<1>();
-      hold(s);
-      release(shared.empty[keys]);
-      if (i == count - 1) release_queries();
+      int const values = multiply(i);
       float added[2];
       steady_exponentials<Config>(s, added, offset, a.score.factor);
-      cute::warpgroup_wait<0>();
-      hold(o);
-      release(shared.empty[values]);
+      finish_output(values);
       settle(added);
     };
     int i = skipped + 1;
+    int exact = masked;
     if constexpr (Config::steady) {
       // A row can have seen nothing of the masked tiles: one that ends where the tiles that all see do, or, where the
       // masked tiles are behind a window's left end, any.
       bool const blind = masked > 0 && (job.range.full_end == job.range.end ||
                                         job.mask.end_key(first_of_warpgroup) <= (job.range.end - masked) * tile_k);
-      int const exact = min_of(count, masked + blind);
+      exact = min_of(count, masked + blind);
+    }
 #pragma unroll 1
-      for (; i < exact; ++i) step(i, std::true_type{});
-      if (!a.steady || work.once_more) {
+    for (; i < exact; ++i) step(i, std::true_type{});
+    if (!Config::steady || !a.steady || work.once_more) {
 #pragma unroll 1
-        for (; i < count; ++i) step(i, std::false_type{});
-      }
+      for (; i < count; ++i) step(i, std::false_type{});
+    }
+    if constexpr (Config::steady) {
 #pragma unroll 1
       for (; i < count; ++i) steady_step(i);
 #pragma unroll
       for (int half = 0; half < 2; ++half) state[half].max = (offset[half] - Config::slack) / a.score.factor;
-    } else {
-#pragma unroll 1
-      for (; i < masked; ++i) step(i, std::true_type{});
-#pragma unroll 1
-      for (; i < count; ++i) step(i, std::false_type{});
     }
 
     if constexpr (Config::pipelined) {

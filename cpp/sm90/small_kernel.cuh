@@ -7,6 +7,7 @@
 
 #include "attention/mask.h"
 #include "core/once_per_device.h"
+#include "sm90/cluster.h"
 #include "sm90/forward_kernel.cuh"
 #include "sm90/small_tile.h"
 
@@ -44,18 +45,6 @@ struct SmallArguments : Arguments<Score> {
 
 // --- instructions that CuTe has not, or not with the memory clobber that the compiler has to see ---------------------
 
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait_acquire() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// The address of what lies at `address` of this block's shared memory in that of the cluster's block `rank`.
-__device__ __forceinline__ uint32_t in_block(uint32_t address, int rank) {
-  uint32_t result;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
-  return result;
-}
 // Writes to the shared memory of any block of the cluster, and counts the bytes at `barrier` of the same block.
 __device__ __forceinline__ void send(uint32_t address, uint32_t barrier, float4 x) {
   asm volatile(
@@ -468,16 +457,7 @@ __device__ __forceinline__ void write(SmallArguments<typename Config::Score> con
       uint32_t x[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) x[j] = pieces == 2 ? pair(j / 2, j % 2) : pair(group % 2, group / 2 * 4 + j);
-#pragma unroll
-      for (int step = 1; step <= 2; step *= 2) {
-        bool const upper = t & step;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (j & step) continue;
-          uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + step], step);
-          (upper ? x[j] : x[j + step]) = got;
-        }
-      }
+      transpose_in_quad(x);
       int const half = pieces == 2 ? t / 2 : group % 2;
       int const column = first + (pieces == 2 ? t % 2 : group / 2 * 4 + t) * 8;
       bool const present = half == 0 ? row[0].present : row[1].present;
