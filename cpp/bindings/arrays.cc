@@ -149,11 +149,12 @@ Tensor described(const char* name, nb::handle array, const ArrayType& type) {
   return tensor;
 }
 
-void check_gradient(const char* name, nb::handle array, const ArrayType& type) {
+// Refuses a tensor that requires grad, while grad is enabled.
+void check_gradient(const char* name, nb::handle array) {
   static nb::handle const requires_grad = interned("requires_grad");
   nb::object const required = nb::steal(PyObject_GetAttr(array.ptr(), requires_grad.ptr()));
   if (!required.is_valid()) refuse(name, array);
-  if (required.ptr() == Py_False || !nb::cast<bool>(type.grad_enabled())) return;
+  if (required.ptr() == Py_False) return;
   throw ValueError(std::string(name) + ": it requires grad; FlashCore has no backward pass yet: call it under " +
                    "torch.no_grad() or pass " + name + ".detach()");
 }
@@ -205,7 +206,8 @@ Tensor Arrays::add(const char* name, nb::handle array) {
   }
   Tensor const tensor = read(name, array, entry);
   if (entry.type->grad_enabled) {
-    check_gradient(name, array, *entry.type);
+    if (!grad_enabled_) grad_enabled_ = nb::cast<bool>(entry.type->grad_enabled());
+    if (*grad_enabled_) check_gradient(name, array);
     if (may_be_negated(tensor)) check_negation(name, array);
   }
   if (!tensor.data && !empty(tensor)) {
