@@ -56,18 +56,17 @@ def issued(calls: dict[Any, Call], synchronize: Call, count: int, rounds: int) -
     return best
 
 
-def alone(calls: dict[str, Call], synchronize: Call, count: int) -> dict[str, float]:
-    """The median time of each call with `synchronize` behind it."""
-    medians = {}
-    for name, call in calls.items():
-        times = []
-        for _ in range(count):
-            begin = time.perf_counter()
-            call()
-            synchronize()
-            times.append(time.perf_counter() - begin)
-        medians[name] = statistics.median(times) * 1e6
-    return medians
+def alone(calls: dict[str, Call], synchronize: Call, count: int, rounds: int) -> dict[str, float]:
+    """The median time of each call with `synchronize` behind it, in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for _ in range(-(-count // rounds)):
+                begin = time.perf_counter()
+                call()
+                synchronize()
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) * 1e6 for name, values in times.items()}
 
 
 def per_call(chains: dict[int, Call], synchronize: Call, rounds: int) -> float:
@@ -202,27 +201,31 @@ def jax_chain(shape: tuple[int, ...], rounds: int) -> float:
 
 def measure(device: str, count: int, rounds: int) -> dict[str, Any]:
     """The report's own part."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    report: dict[str, Any] = {"shapes": []}
     # On the CPU a call returns when the work is done: only the first problem, by one thread, tells of the host.
-    for label, shape in list(SHAPES.items())[: None if device == "cuda" else 1]:
-        groups = [(torch_calls(shape, device), synchronize)]
-        try:
-            groups.append(jax_calls(shape, device))
-        except ImportError as error:
-            print(f"without JAX: {error}")
-        told = []
-        results = [call().float() for call in groups[0][0].values()]
+    shapes = dict(list(SHAPES.items())[: None if device == "cuda" else 1])
+    told: dict[str, list[dict[str, Any]]] = {label: [] for label in shapes}
+
+    def time_calls(label: str, calls: dict[str, Call], wait: Call) -> None:
+        fast, lone = issued(calls, wait, count, rounds), alone(calls, wait, count, rounds)
+        told[label] += [{"name": name, "issued": fast[name], "alone": lone[name]} for name in calls]
+
+    for label, shape in shapes.items():
+        calls = torch_calls(shape, device)
+        results = [call().float() for call in calls.values()]
         if not all(torch.allclose(result, results[-1], atol=4e-3) for result in results):
             raise RuntimeError(f"{label}: the interfaces do not give the same result")
-        for calls, wait in groups:
-            fast, lone = issued(calls, wait, count, rounds), alone(calls, wait, count)
-            told += [{"name": name, "issued": fast[name], "alone": lone[name]} for name in calls]
-        report["shapes"].append({"label": label, "calls": told})
-    if device == "cuda":
-        found = chains(SHAPES[CHAINED], rounds)
-        if len(groups) > 1:
+        time_calls(label, calls, torch.cuda.synchronize if device == "cuda" else lambda: None)
+    found = chains(SHAPES[CHAINED], rounds) if device == "cuda" else {}
+    # Last, since JAX's threads take part of the machine once it is there.
+    try:
+        for label, shape in shapes.items():
+            time_calls(label, *jax_calls(shape, device))
+        if device == "cuda":
             found["flashcore.jax under jax.jit"] = jax_chain(SHAPES[CHAINED], rounds)
+    except ImportError as error:
+        print(f"without JAX: {error}")
+    report: dict[str, Any] = {"shapes": [{"label": label, "calls": calls} for label, calls in told.items()]}
+    if found:
         report["chain_label"] = CHAINED
         report["chains"] = [{"name": name, "microseconds": value} for name, value in found.items()]
     return report
