@@ -33,8 +33,8 @@ def section(report: dict[str, Any]) -> str:
         "### What a call costs the host",
         "",
         f"{report['device']}{driver}; {versions}; {report['date']}, commit {report['commit'][:12]} "
-        f"(`bench/results/{report['file']}`). Microseconds of a call: to issue it, the best of "
-        f"{report['method']['rounds']} rounds, and of a lone one with the wait for its result, the median; on "
+        f"(`bench/results/{report['file']}`). Microseconds of a call: to issue it, and of a lone one with "
+        f"the wait for its result, both in the best of {report['method']['rounds']} rounds; on "
         f"{' and on '.join(shape['label'] for shape in shapes)}.",
         "",
         f"| behind | {' | '.join('issued | alone' for _ in shapes)} |",

@@ -3,9 +3,9 @@
 
     python bench/overhead.py
 
-Issued: calls in turn, the best of several rounds. On a GPU the calls return before the work is done, so this is the
-time to issue them; the queue is emptied between rounds. Alone: the median of single calls, each with the wait for its
-result.
+Issued: many calls one after another, the mean of the best of several rounds. On a GPU the calls return before the work
+is done, so this is the time to issue them; the queue is emptied between rounds. Alone: single calls, each with the wait
+for its result, the median of the best round.
 
 Chains, on a GPU: calls that depend on each other, in one program: what a longer chain takes more than a short one, for
 each call that it has more, waited for. In a CUDA graph and under a compiler the host has nothing to do for a call, so
@@ -42,7 +42,7 @@ Call = Callable[[], Any]
 
 
 def issued(calls: dict[Any, Call], synchronize: Call, count: int, rounds: int) -> dict[Any, float]:
-    """The best time of each call, in turn."""
+    """The time of each call in its best round, rounds in turn."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():
@@ -56,26 +56,26 @@ def issued(calls: dict[Any, Call], synchronize: Call, count: int, rounds: int) -
     return best
 
 
-def alone(calls: dict[str, Call], synchronize: Call, count: int, rounds: int) -> dict[str, float]:
-    """The median time of each call with `synchronize` behind it, in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def alone(calls: dict[Any, Call], synchronize: Call, count: int, rounds: int) -> dict[Any, float]:
+    """The time of each call with `synchronize` behind it: the median of its best round, rounds in turn."""
+    best = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():
-            for _ in range(-(-count // rounds)):
+            times = []
+            for _ in range(count):
                 begin = time.perf_counter()
                 call()
                 synchronize()
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) * 1e6 for name, values in times.items()}
+                times.append(time.perf_counter() - begin)
+            best[name] = min(best[name], statistics.median(times) * 1e6)
+    return best
 
 
 def per_call(chains: dict[int, Call], synchronize: Call, rounds: int) -> float:
     """What one call more costs: from the best times of a short chain and a long one."""
-    times = issued(
-        {str(n): lambda run=run: (run(), synchronize()) for n, run in chains.items()}, synchronize, 20, rounds
-    )
-    (short, first), (long, last) = sorted((int(n), value) for n, value in times.items())
-    return (last - first) / (long - short)
+    waited = {n: lambda run=run: (run(), synchronize()) for n, run in chains.items()}
+    times = issued(waited, synchronize, 20, rounds)
+    return (times[LONG] - times[SHORT]) / (LONG - SHORT)
 
 
 @contextlib.contextmanager
@@ -205,21 +205,26 @@ def measure(device: str, count: int, rounds: int) -> dict[str, Any]:
     shapes = dict(list(SHAPES.items())[: None if device == "cuda" else 1])
     told: dict[str, list[dict[str, Any]]] = {label: [] for label in shapes}
 
-    def time_calls(label: str, calls: dict[str, Call], wait: Call) -> None:
+    def time_calls(calls: dict[tuple[str, str], Call], wait: Call) -> None:
+        """By label and name; all in turn, since the machine's speed changes from one second to another."""
         fast, lone = issued(calls, wait, count, rounds), alone(calls, wait, count, rounds)
-        told[label] += [{"name": name, "issued": fast[name], "alone": lone[name]} for name in calls]
+        for label, name in calls:
+            told[label].append({"name": name, "issued": fast[label, name], "alone": lone[label, name]})
 
+    every = {}
     for label, shape in shapes.items():
         calls = torch_calls(shape, device)
         results = [call().float() for call in calls.values()]
         if not all(torch.allclose(result, results[-1], atol=4e-3) for result in results):
             raise RuntimeError(f"{label}: the interfaces do not give the same result")
-        time_calls(label, calls, torch.cuda.synchronize if device == "cuda" else lambda: None)
+        every.update({(label, name): call for name, call in calls.items()})
+    time_calls(every, torch.cuda.synchronize if device == "cuda" else lambda: None)
     found = chains(SHAPES[CHAINED], rounds) if device == "cuda" else {}
     # Last, since JAX's threads take part of the machine once it is there.
     try:
         for label, shape in shapes.items():
-            time_calls(label, *jax_calls(shape, device))
+            calls, wait = jax_calls(shape, device)
+            time_calls({(label, name): call for name, call in calls.items()}, wait)
         if device == "cuda":
             found["flashcore.jax under jax.jit"] = jax_chain(SHAPES[CHAINED], rounds)
     except ImportError as error:
@@ -233,8 +238,8 @@ def measure(device: str, count: int, rounds: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What FlashCore costs the host behind each interface.")
-    parser.add_argument("--count", type=int, default=1000, help="calls of a round")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--count", type=int, default=300, help="calls of a round")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help="the folder of the result file")
     parser.add_argument("--commit", default="", help="what to write as commit where there is no git")
     options = parser.parse_args(argv)
