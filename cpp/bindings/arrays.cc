@@ -160,8 +160,8 @@ void check_gradient(const char* name, nb::handle array) {
 }
 
 // Whether a tensor may be a lazily negated view, which the C exchange API would take without the negation. Such is the
-// imaginary part of a conjugated tensor: every second number of it, and so is every view of it. (But what as_strided
-// makes of it. To ask every tensor took three times 0.08 us of a call's 2.4 on the CPU.)
+// imaginary part of a conjugated tensor: every second number of it, and so is every view of it but what as_strided
+// makes. (To ask each tensor took 0.10 us on the host of an H100, of a call's 8.8.)
 bool may_be_negated(const Tensor& tensor) {
   if (tensor.dtype.kind == DTypeKind::bfloat) return false;  // there is no complex bfloat16
   for (int i = 0; i < std::min(tensor.ndim, Tensor::max_ndim); ++i) {

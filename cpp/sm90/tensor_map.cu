@@ -63,7 +63,8 @@ bool operator==(const TensorMapShape& a, const TensorMapShape& b) {
 }  // namespace
 
 // A map is a function of nothing but its shape, and programs call with the same arrays, or with others that the
-// framework's allocator puts in the same places, over and over: a thread remembers the last maps.
+// framework's allocator puts in the same places, over and over: a thread remembers the last maps. (To encode one takes
+// 0.07 to 0.12 us.)
 CUtensorMap tensor_map(const TensorMapShape& shape) {
   struct Known {
     TensorMapShape shape;
