@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from arrays import SMALL_FORMS, backends, small_form
@@ -157,6 +158,48 @@ def test_same_question_same_answer(gpu):
             assert f"{field}={getattr(plans[0], field)!r}" in repr(plans[0])
         with pytest.raises(AttributeError):
             plans[0].tile_q = 1
+
+
+def test_a_remembered_plan_is_not_taken_for_another_problem_s(gpu):
+    """A thread remembers its last plans. A new thread knows none: what it answers is what each question's answer is."""
+    fixed = dict(query=(1, 512, 8, 64), key=(1, 512, 8, 64), value=(1, 512, 8, 64), dtype="float16", device=gpu)
+    varlen = {**fixed, "cu_seqlens_q": (5,), "cu_seqlens_k": (5,)}
+    varlen.update((name, (5000, 8, 64)) for name in ("query", "key", "value"))
+    cached = {**fixed, "cache_seqlens": (4,), "query": (4, 1, 8, 64)}
+    cached.update((name, (4, 9000, 8, 64)) for name in ("key", "value"))
+    paged = {**cached, "page_table": (4, 90)}
+    paged.update((name, (400, 64, 8, 64)) for name in ("key", "value"))
+    other_gpu = "a100" if gpu != "a100" else "l4"
+    options = (
+        *(dict(causal=True), dict(window=(100, None)), dict(window=(None, 100)), dict(softcap=1.0), dict(scale=-1.0)),
+        *(dict(scale=1.0), dict(scale=0.0), dict(batch_invariant=True), dict(backend="sm80"), dict(device=other_gpu)),
+        dict(dtype="bfloat16"),
+    )
+    layouts, one = dict(layout="bhsd"), dict(query=(1, 1, 8, 64))
+    batch = {name: (64, 512, 8, 64) for name in ("query", "key", "value")}  # of the same strides
+    causal_in_window = dict(batch, causal=True, window=(100, None))
+    more = {name: (1, 4096, 8, 64) for name in ("key", "value")}
+    fewer_heads = {name: (1, 512, 2, 64) for name in ("key", "value")}
+    wide = {name: (1, 512, 8, 128) for name in ("query", "key", "value")}
+    table = {name: (100, 256, 8, 64) for name in ("key", "value")}
+    hints = dict(max_seqlen_q=99), dict(max_seqlen_k=99, causal=True), dict(seqused_k=(4,))
+    bounds = dict(cu_seqlens_q=(9,), cu_seqlens_k=(9,))
+    questions = [
+        *({**fixed, **change} for change in ({}, *options, layouts, one, more, fewer_heads, wide)),
+        *({**fixed, **change} for change in (batch, dict(batch, causal=True), causal_in_window)),
+        *({**varlen, **change} for change in ({}, *options, *hints, bounds)),
+        *({**cached, **change} for change in ({}, *options, dict(query=(4, 3, 8, 64)))),
+        *({**paged, **change} for change in ({}, table, dict(page_table=(4, 9)))),
+    ]
+    answers = []
+    for question in questions:
+        with ThreadPoolExecutor(1) as pool:
+            answers.append(pool.submit(flashcore.plan, **question).result())
+    assert len(set(answers)) > 12
+    pairs = list(zip(questions, answers, strict=True))
+    for order in (pairs, pairs[::-1], [pair for p in pairs for pair in (pairs[0], p, p, pairs[0])]):
+        for question, answer in order:
+            assert flashcore.plan(**question) == answer, question
 
 
 def test_layouts(gpu):

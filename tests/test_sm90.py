@@ -486,3 +486,28 @@ class TestSm90Alone:
             fresh = arrays.int32(bounds)
             expected = flashcore.attention_varlen(*tensors, fresh, fresh, return_lse=True, **options)
             assert arrays.same_bits(out, expected[0]) and arrays.same_bits(lse, expected[1])
+
+    @pytest.mark.parametrize("kernel", ["large", "small"])
+    def test_descriptors_are_not_taken_for_those_of_other_views(self, arrays, kernel, monkeypatch):
+        """A thread remembers the TMA engine's descriptors of its last arrays: here the same memory is seen in many
+        ways, which differ in one thing each."""
+        monkeypatch.setenv("FLASHCORE_SM90_KERNEL", kernel)
+        memory = arrays.random((3, 2 * 4 * 256 * 64), "float16", 90)
+        views = [
+            [x.view(kind).as_strided((batch, rows, heads, dim), (*strides, 1)) for x in memory]
+            for kind, batch, rows, heads, dim, strides in (
+                (torch.float16, 2, 256, 4, 64, (65536, 256, 64)),
+                (torch.float16, 1, 256, 4, 64, (65536, 256, 64)),  # the batch
+                (torch.float16, 2, 200, 4, 64, (65536, 256, 64)),  # the rows
+                (torch.float16, 2, 256, 2, 64, (65536, 256, 64)),  # the heads
+                (torch.float16, 2, 256, 4, 56, (65536, 256, 64)),  # the head dimension
+                (torch.float16, 2, 256, 4, 64, (32768, 256, 64)),  # the strides of batches,
+                (torch.float16, 2, 256, 4, 64, (65536, 64, 16384)),  # of rows and heads
+                (torch.bfloat16, 2, 256, 4, 64, (65536, 256, 64)),  # the dtype
+            )
+        ]
+        copies = [[x.clone() for x in view] for view in views]  # all at once, so that none lies where another lay
+        pairs = [(view, flashcore.attention(*copy)) for view, copy in zip(views, copies, strict=True)]
+        for order in (pairs, pairs[::-1], pairs):
+            for view, expected in order:
+                assert arrays.same_bits(flashcore.attention(*view), expected)

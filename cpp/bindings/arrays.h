@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "array_type.h"
@@ -70,7 +71,7 @@ class Arrays {
   Device device_;
   DType dtype_;
   void* stream_ = nullptr;
-  std::shared_ptr<cuda::Event> done_;               // recorded by issued() where somebody has to wait for it
+  std::optional<bool> grad_enabled_;                // PyTorch's mode, asked once a call, where there are tensors of it
   std::vector<std::shared_ptr<Storage>> storages_;  // of the results, to be told when they are filled
 };
 

@@ -5,6 +5,7 @@
 
 #include "arrays.h"
 #include "bind.h"
+#include "core/recent_plans.h"
 #include "flashcore/flashcore.h"
 #include "gil.h"
 #include "options.h"
@@ -41,7 +42,7 @@ nb::object run(AnyProblem& problem, Arrays& arrays, nb::handle out, bool return_
   if (has_values(problem) && (device.type == DeviceType::cpu || check_requested())) {
     without_gil([&] { check_values(problem); });
   }
-  Plan const chosen = plan(problem, device_properties(device));
+  Plan const chosen = recent_plan(problem, device_properties(device));
 
   Result made, lse, workspace;
   if (out.is_none()) {

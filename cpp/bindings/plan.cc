@@ -8,6 +8,7 @@
 #include "arrays.h"
 #include "bind.h"
 #include "core/problem_facts.h"
+#include "core/recent_plans.h"
 #include "flashcore/flashcore.h"
 #include "options.h"
 
@@ -119,7 +120,7 @@ ExplainedPlan make_plan(nb::handle query, nb::handle key, nb::handle value, nb::
   auto const explained = [&](const auto& asked) -> ExplainedPlan {
     validate(asked);
     if (!shapes) properties = device_properties(asked.query.device);
-    Plan const chosen = plan(asked, properties);
+    Plan const chosen = recent_plan(asked, properties);
     return {chosen, explain(asked, properties, chosen)};
   };
   if (!cached) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "core/recent_plans.h"
 #include "cuda_stream.h"
 #include "dlpack.h"
 #include "flashcore/flashcore.h"
@@ -85,7 +86,7 @@ struct Call {
 void run(const Call& call, const Problem& problem) {
   validate(problem);
   if (problem.varlen() && (call.device.type == DeviceType::cpu || check_requested())) check_values(problem);
-  Plan const chosen = plan(problem, device_properties(call.device));
+  Plan const chosen = recent_plan(problem, device_properties(call.device));
   launch(problem, chosen, chosen.workspace > 0 ? call.allocate(chosen.workspace) : nullptr);
 }
 

@@ -7,9 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "attention/mask.h"
 #include "core/problem_facts.h"
@@ -226,7 +226,7 @@ inline const char* axes_of(Layout layout) {
 }
 
 // Arrays of queries, keys and values: what can be judged of each without the others' extents.
-inline void check_inputs(const std::vector<Named>& inputs, int ndim, const char* axes) {
+inline void check_inputs(std::span<const Named> inputs, int ndim, const char* axes) {
   const Tensor& query = inputs[0].tensor;
   if (query.device.type == DeviceType::other) {
     refuse("query", "is on " + to_string(query.device) + "; expected an array on the CPU or a CUDA device");
@@ -261,7 +261,7 @@ inline void check_heads(const char* key_name, int64_t batch, int64_t heads_q, in
 // What is written, where present: its shape and place, apart from every input. `out` has query's shape but for the last
 // extent, head_dim_v.
 inline void check_results(const Tensor& out, const Tensor& lse, const Tensor& query, int64_t head_dim_v,
-                          const std::vector<int64_t>& lse_shape, const char* axes, const std::vector<Named>& inputs) {
+                          std::span<const int64_t> lse_shape, const char* axes, std::span<const Named> inputs) {
   if (out.present()) {
     check_same_dtype("out", out, "query", query);
     check_ndim("out", out, query.ndim, axes);

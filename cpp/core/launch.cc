@@ -4,6 +4,7 @@
 
 #include "core/forward_params.h"
 #include "core/kvcache_params.h"
+#include "core/recent_plans.h"
 #include "cpu/cpu.h"
 #include "flashcore/flashcore.h"
 #include "sm80/decode.h"
@@ -89,7 +90,7 @@ void attention(const Problem& problem) {
   if (!problem.out.present()) throw ValueError("out: is missing; expected an array for the result");
   DeviceProperties const& device = device_properties(problem.query.device);
   if (problem.query.device.type == DeviceType::cpu || check_requested()) check_values(problem);
-  launch(problem, plan(problem, device));
+  launch(problem, recent_plan(problem, device));
 }
 
 }  // namespace flashcore

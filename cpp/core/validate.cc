@@ -2,6 +2,7 @@
 // The only place that refuses input, together with validate_kvcache.cc. Each message names the argument, what it got
 // and what was expected.
 #include <cstdlib>
+#include <vector>
 
 #include "core/checks.h"
 #include "flashcore/flashcore.h"
@@ -11,7 +12,13 @@ namespace flashcore {
 void validate(const Problem& problem) {
   bool const varlen = problem.varlen();
   Tensor const &q = problem.query, &k = problem.key, &v = problem.value;
-  std::vector<Named> inputs{{"query", q}, {"key", k}, {"value", v}};
+  Named const all_inputs[] = {{"query", q},
+                              {"key", k},
+                              {"value", v},
+                              {"cu_seqlens_q", problem.cu_seqlens_q},
+                              {"cu_seqlens_k", problem.cu_seqlens_k},
+                              {"seqused_k", problem.seqused_k}};
+  auto const inputs = std::span(all_inputs).first<3>();
   const char* const axes = varlen ? "(total tokens, heads, head_dim)" : axes_of(problem.layout);
   check_inputs(inputs, varlen ? 3 : 4, axes);
 
@@ -53,13 +60,9 @@ void validate(const Problem& problem) {
   check_heads("key", s.batch, s.heads_q, s.heads_k);
   for (auto const& [name, tensor] : inputs) check_strides(name, tensor, q.device.type == DeviceType::cuda);
 
-  for (Named const& lengths : {Named{"cu_seqlens_q", problem.cu_seqlens_q},
-                               {"cu_seqlens_k", problem.cu_seqlens_k},
-                               {"seqused_k", problem.seqused_k}}) {
-    inputs.push_back(lengths);
-  }
-  check_results(problem.out, problem.lse, q, s.head_dim_v,
-                varlen ? std::vector{s.heads_q, s.total_q} : std::vector{s.batch, s.heads_q, s.seqlen_q}, axes, inputs);
+  int64_t const fixed_lse[] = {s.batch, s.heads_q, s.seqlen_q}, varlen_lse[] = {s.heads_q, s.total_q};
+  auto const lse_shape = varlen ? std::span<int64_t const>(varlen_lse) : std::span<int64_t const>(fixed_lse);
+  check_results(problem.out, problem.lse, q, s.head_dim_v, lse_shape, axes, all_inputs);
 }
 
 void validate(const CombineProblem& problem) {

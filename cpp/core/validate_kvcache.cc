@@ -38,19 +38,23 @@ void check_pair(const Named& key, const Named& value, const Tensor& query) {
 
 void validate(const KvCacheProblem& problem) {
   Tensor const &q = problem.query, &cache = problem.key_cache, &k = problem.key;
-  std::vector<Named> inputs{{"query", q}, {"key_cache", cache}, {"value_cache", problem.value_cache}};
+  Named const all_inputs[] = {{"query", q},
+                              {"key_cache", cache},
+                              {"value_cache", problem.value_cache},
+                              {"key", k},
+                              {"value", problem.value},
+                              {"cache_seqlens", problem.cache_seqlens},
+                              {"page_table", problem.page_table}};
+  auto const inputs = std::span(all_inputs).first(k.present() ? 5 : 3);
   if (k.present() != problem.value.present()) {
     refuse(k.present() ? "value" : "key", "is missing; expected key and value both, or neither");
-  }
-  if (k.present()) {
-    inputs.push_back({"key", k});
-    inputs.push_back({"value", problem.value});
   }
   char const* const axes = axes_of(problem.layout);
   check_inputs(inputs, 4, axes);
   check_lengths("cache_seqlens", problem.cache_seqlens, q, q.shape[0]);
-  check_options(options_of(problem));
-  check_backend(options_of(problem));
+  Problem const options = options_of(problem);
+  check_options(options);
+  check_backend(options);
 
   int const sequence = sequence_axis(problem.layout), heads = 3 - sequence;
   check_head_dim(q);
@@ -84,18 +88,13 @@ void validate(const KvCacheProblem& problem) {
   for (auto const& [name, tensor] : inputs) check_strides(name, tensor, q.device.type == DeviceType::cuda);
 
   if (new_tokens(problem) > 0) {  // the caches are written to
-    for (Named const& target : {inputs[1], inputs[2]}) {
+    for (Named const& target : inputs.subspan(1, 2)) {
       check_target(target.name, target.tensor);
-      for (size_t i : {size_t{0}, size_t{3}, size_t{4}}) {
-        check_apart(target.name, target.tensor, inputs[i].name, inputs[i].tensor);
-      }
-      check_apart(target.name, target.tensor, "cache_seqlens", problem.cache_seqlens);
-      check_apart(target.name, target.tensor, "page_table", problem.page_table);
+      for (int i : {0, 3, 4, 5, 6}) check_apart(target.name, target.tensor, all_inputs[i].name, all_inputs[i].tensor);
     }
   }
-  inputs.push_back({"cache_seqlens", problem.cache_seqlens});
-  inputs.push_back({"page_table", problem.page_table});
-  check_results(problem.out, problem.lse, q, s.head_dim_v, {s.batch, s.heads_q, s.seqlen_q}, axes, inputs);
+  int64_t const lse_shape[] = {s.batch, s.heads_q, s.seqlen_q};
+  check_results(problem.out, problem.lse, q, s.head_dim_v, lse_shape, axes, all_inputs);
 }
 
 }  // namespace flashcore

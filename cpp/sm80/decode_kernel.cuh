@@ -13,6 +13,7 @@
 
 #include "attention/combine.h"
 #include "core/cuda_check.h"
+#include "core/once_per_device.h"
 #include "flashcore/plan.h"
 #include "sm80/decode_rows.cuh"
 
@@ -310,12 +311,23 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
 template <class Config>
 void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
   auto const kernel = decode_kernel<Config>;
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory),
-             "preparing the decode kernel");
-  // Two blocks of a multiprocessor take all of its shared memory.
-  cuda_check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-      "preparing the decode kernel");
+  static OncePerDevice prepare;
+  prepare([&] {
+    char const* const preparing = "preparing the decode kernel";
+    // As much as a block can have here, whatever this plan takes of it.
+    int device = 0, most = 0;
+    cudaFuncAttributes own{};
+    cuda_check(cudaGetDevice(&device), preparing);
+    cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), preparing);
+    cuda_check(cudaFuncGetAttributes(&own, kernel), preparing);
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    most - static_cast<int>(own.sharedSizeBytes)),
+               preparing);
+    // Two blocks of a multiprocessor take all of its shared memory.
+    cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        preparing);
+  });
   kernel<<<static_cast<unsigned>(plan.blocks), Config::threads, plan.shared_memory, stream>>>(params);
   cuda_check(cudaGetLastError(), "launching the decode kernel");
 }

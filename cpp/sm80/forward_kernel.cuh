@@ -12,6 +12,7 @@
 #include "attention/softmax.h"
 #include "core/cuda_check.h"
 #include "core/forward_params.h"
+#include "core/once_per_device.h"
 #include "flashcore/plan.h"
 #include "sm80/tensor_core.h"
 
@@ -377,8 +378,11 @@ __global__ void __launch_bounds__(Config::threads)
 template <class Config>
 void run_forward(ForwardParams const& params, Plan const& plan, cudaStream_t stream) {
   auto const kernel = forward_kernel<Config>;
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::shared_memory),
-             "preparing the sm80 kernel");
+  static OncePerDevice prepare;
+  prepare([&] {
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::shared_memory),
+               "preparing the sm80 kernel");
+  });
   TileScheduler<false> const scheduler{Config::tile_q, plan.heads_per_section, params.heads_q};
   // The score is a parameter, made on the host, so that its numbers are operands in constant memory.
   auto const score = Config::Score::make(params.scale, params.softcap);

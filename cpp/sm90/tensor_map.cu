@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 
 #include "core/cuda_check.h"
@@ -25,9 +26,7 @@ auto encoder() {
   return function;
 }
 
-}  // namespace
-
-CUtensorMap tensor_map(const TensorMapShape& shape) {
+CUtensorMap encoded(const TensorMapShape& shape) {
   cuuint64_t extent[5] = {static_cast<cuuint64_t>(shape.head_dim)}, stride[4];
   for (int i = 0; i < 4; ++i) {
     extent[i + 1] = std::max<int64_t>(shape.extent[i], 1);
@@ -54,6 +53,32 @@ CUtensorMap tensor_map(const TensorMapShape& shape) {
                        ")");
   }
   return map;
+}
+
+bool operator==(const TensorMapShape& a, const TensorMapShape& b) {
+  return a.data == b.data && a.dtype == b.dtype && a.head_dim == b.head_dim && std::ranges::equal(a.extent, b.extent) &&
+         std::ranges::equal(a.stride, b.stride) && std::ranges::equal(a.box, b.box);
+}
+
+}  // namespace
+
+// A map is a function of nothing but its shape, and programs call with the same arrays, or with others that the
+// framework's allocator puts in the same places, over and over: a thread remembers the last maps. (To encode one takes
+// 0.07 to 0.12 us.)
+CUtensorMap tensor_map(const TensorMapShape& shape) {
+  struct Known {
+    TensorMapShape shape;
+    CUtensorMap map;
+  };
+  static thread_local std::array<Known, 32> remembered{};
+  // Multiplied, since the places of arrays differ in a few high bits.
+  uint64_t const hash = (reinterpret_cast<uintptr_t>(shape.data) >> 4) * 0x9e3779b97f4a7c15u;
+  Known& known = remembered[(hash >> 32) % remembered.size()];
+  if (!(known.shape == shape)) {
+    known.map = encoded(shape);
+    known.shape = shape;
+  }
+  return known.map;
 }
 
 }  // namespace flashcore::sm90

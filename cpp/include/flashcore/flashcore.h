@@ -25,8 +25,9 @@ void validate(const CombineProblem& problem);
 // and synchronizes the stream, so it is illegal while capturing a graph. Throws ValueError that names the sequence.
 void check_values(const Problem& problem);
 
-// Chooses kernel, tiles and grid. A pure function; the problem has passed validate(). Throws RuntimeError for a GPU
-// that this build has no code for, ValueError for a forced backend that cannot run the problem.
+// Chooses kernel, tiles and grid. A pure function, of nothing but what core/recent_plans.cc remembers a plan by; the
+// problem has passed validate(). Throws RuntimeError for a GPU that this build has no code for, ValueError for a forced
+// backend that cannot run the problem.
 Plan plan(const Problem& problem, const DeviceProperties& device);
 
 // Runs the plan on the problem's device and stream: asynchronous on CUDA, complete on return on the CPU. Allocates
