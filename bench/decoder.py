@@ -4,9 +4,10 @@
     python bench/decoder.py                                                 # as in the tables: 24 layers, 8192 tokens
     python bench/decoder.py --layers 2 --context 256 --tokens 8 --rounds 1  # a trial, on the CPU too
 
-Times of one process, medians of --rounds: the forward pass over the context (prefill), and each further token of greedy
-generation from it, with a static cache eager and compiled (on a GPU), and with a growing one. A ratio is SDPA's time
-over FlashCore's. Before anything is timed, the logits of both are held against the same model in float32: FlashCore's
+Times of one process, medians of --rounds: the forward pass over the context (prefill) without a cache and into a static
+one, and each further token of greedy generation from it, with a static cache eager and compiled (on a GPU), and with a
+growing one. A ratio is SDPA's time over FlashCore's. On a GPU also what part of a prefill the attention kernels are,
+which bounds its ratio. Before anything is timed, the logits of both are held against the same model in float32: FlashCore's
 largest error at most twice SDPA's plus 1e-5, its relative Frobenius error at most 1.25 times SDPA's; exit status 1 if
 not.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import json
 import statistics
 import sys
@@ -70,6 +72,16 @@ def sdpa_kernels(run) -> list[str]:
     return sorted({e.key.removeprefix("aten::") for e in profile.key_averages() if "aten::_scaled_dot" in e.key})
 
 
+def kernel_milliseconds(run) -> tuple[float, float]:
+    """The GPU's time in a call's attention kernels, and in all of its kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times = {e.key.lower(): e.self_device_time_total / 1e3 for e in profile.key_averages()}
+    names = ("flashcore", "sdpa", "flash_fwd", "fmha")  # FlashCore's, cuDNN's, and PyTorch's two of its own
+    return sum(t for name, t in times.items() if any(n in name for n in names)), sum(times.values())
+
+
 def seconds(run, device) -> float:
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
@@ -85,7 +97,14 @@ def ways(model, ids, options, device):
     def generate(tokens, **keywords):
         model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **keywords)
 
+    cache = transformers.StaticCache(config=model.config, max_cache_len=options.context + options.tokens)
+
+    def fill():
+        cache.reset()
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
     yield "prefill", (lambda: model(ids, use_cache=False, logits_to_keep=1),), 1
+    yield "prefill, static cache", (fill,), 1
     kinds = {
         "token, growing cache": {},
         "token, static cache": {"cache_implementation": "static", "disable_compile": True},
@@ -106,6 +125,7 @@ def main(argv=None) -> int:
     parser.add_argument("--tokens", type=int, default=256, help="to generate; at least 3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    parser.add_argument("--commit", default="unknown", help="for the results")
     options = parser.parse_args(argv)
     flashcore.transformers.register()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,7 +157,14 @@ def main(argv=None) -> int:
         report["milliseconds"][way] = {**medians, "ratio": ratio, "sdpa_kernels": kernels}
         both = ", ".join(f"{name} {value:.3f} ms" for name, value in medians.items())
         print(f"{way}: {both}, ratio {ratio:.2f}; {kernels}")
+        if way == "prefill" and device == "cuda":
+            for name in PAIR:
+                model.set_attn_implementation(name)
+                attention, total = kernel_milliseconds(runs[0])
+                report["milliseconds"][way][f"{name}_kernels"] = {"attention": attention, "all": total}
+                print(f"  {name}: attention kernels {attention:.2f} of {total:.2f} ms on the GPU")
     if options.json:
+        report.update(kind="decoder", commit=options.commit, date=datetime.date.today().isoformat())
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
     return 0
