@@ -107,8 +107,10 @@ struct SharedMemory {
   // Jobs to be done once more, with the exact loop alone, and whether one of the last ones is among them.
   Work again[12];
   int again_count, noted[4];
-  // The producer's own, for which it has no registers left: its tile, and the values to be loaded next, or row −1.
+  // The producer's own, for which it has no registers left: its tile, whether that has been handed out, and the values
+  // to be loaded next, or row −1.
   uint32_t tile;
+  bool tile_spent;
   TilePlace values;
   Barrier q_full[Config::q_buffers], q_empty[Config::q_buffers];
   Barrier full[Config::slots], empty[Config::slots];
@@ -236,8 +238,16 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
   };
   // Consumers may be as many jobs behind as there are places for queries, and one.
   constexpr int many = sizeof(shared.again) / sizeof(Work) - 4;
+  shared.tile = blockIdx.x;
+  shared.tile_spent = false;
 #pragma unroll 1
-  for (shared.tile = blockIdx.x;;) {
+  while (true) {
+    // Not before all of the last job has been asked for: a block that took a tile earlier would keep it from one that
+    // is free. The consumers have a ring full of tiles meanwhile.
+    if (shared.tile_spent) {
+      shared.tile = next_tile(a, shared.tile);
+      shared.tile_spent = false;
+    }
     bool const more = shared.tile / gridDim.x * gridDim.x < a.tiles, once_more = left > 0;
     Work work;
     if (once_more) {
@@ -248,7 +258,7 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
       continue;
     } else {
       uint32_t const tile = shared.tile;
-      shared.tile = next_tile(a, tile);
+      shared.tile_spent = true;
       if (tile >= a.tiles || !a.scheduler.work(a.p, tile, work)) continue;
     }
     Job const job = job_of<Config>(a, work);
