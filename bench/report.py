@@ -4,9 +4,9 @@
     python bench/report.py            # rewrites bench/results/*.svg and README.md between the two markers
     python bench/report.py --check    # exit status 1 when README or a plot does not agree with the result files
 
-A result file comes from bench/compare.py, from bench/overhead.py (bench/host.py makes its section), or from
-`flashcore_bench ladder` (bench/ladder.py makes its section, and the tables of cpp/ladder/README.md between the same
-markers). Of each suite on each device the report of the first of
+A result file comes from bench/compare.py, from bench/overhead.py or bench/decoder.py (bench/host.py and
+bench/model.py make their sections), or from `flashcore_bench ladder` (bench/ladder.py makes its section, and the tables
+of cpp/ladder/README.md between the same markers). Of each suite on each device the report of the first of
 BACKENDS is told in full; the others get a line below it. Needs only the standard library.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import host
 import ladder
+import model
 import plot
 from suites import TITLES, cpu_summary, is_cpu, rate_of
 
@@ -37,7 +38,7 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
     reports = []
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        if report.get("kind") in ("ladder", "host"):
+        if report.get("kind") in ("ladder", "host", "decoder"):
             continue
         if report.get("kind") != "compare" or report.get("suite") not in TITLES or report["backend"] not in BACKENDS:
             raise ValueError(f"{path}: not a report of bench/compare.py on a suite and a backend that are known here")
@@ -237,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         reports, ladders = load(options.results), ladder.load(options.results)
         texts = [section(main, others) for main, *others in grouped(reports)]
         texts += [host.section(report) for report in host.load(options.results)]
+        texts += [model.section(report) for report in model.load(options.results)]
         texts += [ladder.section(group) for group in ladders]
         readmes = {options.readme: texts}
         ladder_readme = options.readme.parent / "cpp" / "ladder" / "README.md"

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def bench(monkeypatch):
     """The modules of bench/, which are scripts and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("compare", "host", "ladder", "overhead", "plot", "probes", "report", "suites")
+    names = ("compare", "host", "ladder", "model", "overhead", "plot", "probes", "report", "suites")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name, None)
@@ -777,6 +777,27 @@ def test_the_host_s_cost_from_measuring_to_readme(bench, device, tmp_path, capsy
     assert check() == 1
     readme, _ = written(bench, tmp_path)
     assert "on the shape: compiled 4.4." in readme
+
+
+def test_a_decoder_s_times_in_readme(bench, tmp_path):
+    way = {"flashcore": 50.0, "sdpa": 60.0, "ratio": 1.2, "sdpa_kernels": ["_scaled_dot_product_cudnn_attention"]}
+    shares = {"sdpa_kernels_milliseconds": [12.0, 60.0], "flashcore_kernels_milliseconds": [9.0, 57.0]}
+    report = {
+        "kind": "decoder",
+        "device": "a GPU",
+        "options": {"layers": 24, "context": 8192, "rounds": 3},
+        "torch": "2",
+        "transformers": "5",
+        "date": "2026-11-25",
+        "commit": "f" * 40,
+        "errors": {"flashcore": [0.01, 0.001], "sdpa": [0.01, 0.001]},
+        "milliseconds": {"prefill": {**way, **shares}, "token, growing cache": way},
+    }
+    (tmp_path / "decoder.json").write_text(json.dumps(report))
+    readme, check = written(bench, tmp_path)
+    assert "| prefill | 50.00 | 60.00 | 1.20 | `_scaled_dot_product_cudnn_attention` |" in readme
+    assert "attention is 12.0 of SDPA's 60.0 ms on the GPU, and 9.0 with FlashCore" in readme
+    assert "without any attention the ratio would be 1.25." in readme and check() == 0
 
 
 def test_interfaces_that_disagree_are_not_timed(bench, monkeypatch, tmp_path):
