@@ -5,7 +5,8 @@ test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that r
     python tests/gpu_instances.py [PART ...]
 
 A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all) or "small".
-Without parts: all that the GPU has."""
+Without parts: all that the GPU has. A part can also be a dtype or a head dimension: then the forward kernels' and
+decode's others are left out (for compute-sanitizer, under which all of them take minutes)."""
 
 from __future__ import annotations
 
@@ -123,7 +124,7 @@ def varlen(backend: str) -> None:
     used = [1, 0, 100, 200, 39, 5, 0]
     few = [*((d, 2, 2) for d in HEAD_DIMS), (64, 3, 2), (128, 4, 2)]
     for seed, (head_dim, group, heads_k) in enumerate([*few, *((d, 1, 40) for d in HEAD_DIMS)]):
-        dtype, options = DTYPES[seed % 2], (PLAIN, Options(causal=True), Options(window=(40, 9)))[seed % 3]
+        dtype, options = DTYPES[seed % len(DTYPES)], (PLAIN, Options(causal=True), Options(window=(40, 9)))[seed % 3]
         tensors, cu_q, cu_k = make(cpu, batch, heads_k * group, heads_k, head_dim, dtype, seed, tail_q=5, tail_k=70)
         for a in tensors[1:]:
             for begin, end, count in zip(cu_k, cu_k[1:], used, strict=False):
@@ -205,10 +206,14 @@ def combine() -> set[str]:
 
 if __name__ == "__main__":
     machines = backends("cuda")
-    named = [part for part in sys.argv[1:] if part in machines] or machines
+    parts = [part for part in sys.argv[1:] if part not in DTYPES and not part.isdigit()]
+    DTYPES = tuple(part for part in sys.argv[1:] if part in DTYPES) or DTYPES
+    if dims := [int(part) for part in sys.argv[1:] if part.isdigit()]:
+        HEAD_DIMS, PADDED = (tuple(d for d in of if d in dims) for of in (HEAD_DIMS, PADDED))
+    named = [part for part in parts if part in machines] or machines
     alone = {"combine": combine, "decode": lambda: decode(named), "small": small}
     ran = set()
-    for part in sys.argv[1:] or [*(name for name in alone if name != "small" or "sm90" in machines), *machines]:
+    for part in parts or [*(name for name in alone if name != "small" or "sm90" in machines), *machines]:
         if part in alone:
             ran |= alone[part]()
         else:
