@@ -240,7 +240,7 @@ class TestRepeatability:
 
 
 class TestDependentLaunches:
-    """A launch begins while the kernel before still works: nothing may be read or written too early."""
+    """A launch of either kernel begins while the one before still works: nothing may be read or written too early."""
 
     STEPS = 24
 
@@ -262,6 +262,15 @@ class TestDependentLaunches:
             x = out
         return x
 
+    def check_chains(self, arrays, x, key, value):
+        expected = self.expected(x, key, value)
+        for count in (2, 3):
+            buffers = [torch.empty_like(x) for _ in range(count)]
+            for _ in range(5):
+                for b in buffers:
+                    arrays.poison_in_place(b)
+                assert arrays.same_bits(self.chain(x, key, value, buffers), expected)
+
     @pytest.mark.parametrize("form", FORMS, ids=str)
     @pytest.mark.parametrize("shape", [(1, 512, 8, 64), (2, 65, 3, 64), (16, 256, 8, 64), (1, 300, 4, 128)], ids=str)
     def test_output_is_the_next_input(self, arrays, force, shape, form):
@@ -270,13 +279,14 @@ class TestDependentLaunches:
         force(form)
         x, key, value = (arrays.random(shape, "bfloat16", seed, 4.0) for seed in (1, 2, 3))
         planned(x, key, value, form)
-        expected = self.expected(x, key, value)
-        for count in (2, 3):
-            buffers = [torch.empty_like(x) for _ in range(count)]
-            for _ in range(5):
-                for b in buffers:
-                    arrays.poison_in_place(b)
-                assert arrays.same_bits(self.chain(x, key, value, buffers), expected)
+        self.check_chains(arrays, x, key, value)
+
+    @pytest.mark.parametrize("shape", [(1, 512, 8, 64), (8, 512, 8, 64), (3, 257, 5, 128), (1, 700, 6, 256)], ids=str)
+    def test_output_of_the_large_kernel_is_its_next_input(self, arrays, monkeypatch, shape):
+        monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "large")
+        x, key, value = (arrays.random(shape, "bfloat16", seed, 4.0) for seed in (1, 2, 3))
+        assert flashcore.plan(x, key, value).kernel == "sm90_forward"
+        self.check_chains(arrays, x, key, value)
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_in_a_graph(self, arrays, force, form):

@@ -265,8 +265,8 @@ std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& d
   Sizes const s = sizes(problem);
   int64_t const all_chunks = (s.seqlen_k + tile.chunk - 1) / tile.chunk;
   int64_t const chunks = std::max<int64_t>((all_chunks + tile.parts() - 1) / tile.parts(), 1);
-  if (chunks > SmallTile::most_chunks) return std::nullopt;
-  int const shared_memory = tile.shared_memory(static_cast<int>(chunks));
+  if (chunks * tile.steps() > SmallTile::most_steps) return std::nullopt;
+  int const shared_memory = tile.shared_memory(static_cast<int>(chunks) * tile.steps());
   Tiling const tiling = flashcore::tiling(problem, device, tile.tile_q());
   int64_t const pairs = s.batch * s.heads_q / tiling.packed_heads;
   if (shared_memory > device.shared_memory_per_block || s.batch > most_blocks_an_axis ||

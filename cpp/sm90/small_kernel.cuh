@@ -8,6 +8,7 @@
 #include "attention/mask.h"
 #include "core/once_per_device.h"
 #include "sm90/cluster.h"
+#include "sm90/dependent_launch.h"
 #include "sm90/forward_kernel.cuh"
 #include "sm90/small_tile.h"
 
@@ -24,21 +25,22 @@ struct SmallConfig {
   static constexpr int blocks = blocks_, parts = tile.parts();
   static constexpr bool adds_sums = true;  // the rows' sums are added up, not multiplied by a column of ones
 
-  static constexpr int chunk = chunk_;
+  static constexpr int step = SmallTile::step, steps = tile.steps();  // keys of a product; of these a chunk
   static constexpr int tile_q = tile.tile_q(), threads = tile.threads();
   static constexpr int panels = tile.panels();
-  static constexpr int q_panel = tile_q * row_bytes, kv_panel = chunk * row_bytes;
+  static constexpr int q_panel = tile_q * row_bytes, kv_panel = step * row_bytes;
   static constexpr int q_bytes = tile.q_bytes(), kv_bytes = tile.kv_bytes();
   // The exchange: a part merges and writes a share of the columns of its 64 rows, in pieces of 8 columns, which are
   // four accumulators of a lane: first with the other warpgroup of the same rows, then with the cluster's other blocks.
   static constexpr int group_pieces = head_dim / 8 / key_groups, pieces = group_pieces / cluster;
   static constexpr int piece_bytes = 128 * 16;
-  static_assert(head_dim % 64 == 0 && key_groups <= 2 && pieces >= 1);
+  static_assert(head_dim % 64 == 0 && chunk_ % step == 0 && key_groups <= 2 && pieces >= 1);
+  static_assert(panels == 1 || steps == 1);  // a chunk's values are one box: its steps lie behind each other
 };
 
 template <class Score>
 struct SmallArguments : Arguments<Score> {
-  int chunks;                               // of a part, that shared memory has room for
+  int steps;                                // of a part's keys, that shared memory has room for
   int values_at, received_at, barriers_at;  // where in shared memory these begin
   bool alone;                               // a block has a multiprocessor for itself
 };
@@ -62,10 +64,6 @@ __device__ __forceinline__ void wait_for_cluster(uint32_t barrier) {
       "}" ::"r"(barrier)
       : "memory");
 }
-// Lets the next kernel of the stream be launched, and waits until the one before has finished and its writes are seen.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // --- what a block does -----------------------------------------------------------------------------------------------
 
 // What the block is to do. Lies in shared memory: kept in registers over the products, its numbers would make them
@@ -82,26 +80,29 @@ struct Task {
   __device__ __forceinline__ int count(int part) const { return clamp_to(range.end - begin(part), 0, share); }
   // Whether a block of the cluster has keys (the first ones do), and how many of the others.
   __device__ __forceinline__ bool has_keys(int rank) const { return rank * block_share < range.count(); }
+  template <int cluster>
   __device__ __forceinline__ int senders(int rank) const {
-    int const blocks = block_share == 0 ? 0 : (range.count() + block_share - 1) / block_share;
-    return blocks - (rank < blocks ? 1 : 0);
+    int count = 0;
+#pragma unroll
+    for (int other = 0; other < cluster; ++other) count += other != rank && has_keys(other);
+    return count;
   }
 };
 static_assert(sizeof(Task) <= SmallTile::state_bytes);
 
-// Queries, keys and values in panels of 64 columns; what each warpgroup receives, from every sender pieces of columns
-// as the lanes hold them and behind them the rows' states.
+// Queries, and keys and values in steps of 64, in panels of 64 columns; what each warpgroup receives, from every sender
+// pieces of columns as the lanes hold them and behind them the rows' states.
 template <class Config>
 struct SmallMemory {
   char* base;
   SmallArguments<typename Config::Score> const& a;
 
   __device__ __forceinline__ char* queries() const { return base; }
-  __device__ __forceinline__ char* keys(int group, int chunk) const {
-    return base + Config::q_bytes + (group * a.chunks + chunk) * Config::kv_bytes;
+  __device__ __forceinline__ char* keys(int group, int step) const {
+    return base + Config::q_bytes + (group * a.steps + step) * Config::kv_bytes;
   }
-  __device__ __forceinline__ char* values(int group, int chunk) const {
-    return base + a.values_at + (group * a.chunks + chunk) * Config::kv_bytes;
+  __device__ __forceinline__ char* values(int group, int step) const {
+    return base + a.values_at + (group * a.steps + step) * Config::kv_bytes;
   }
   // What a warpgroup receives from its neighbour, and from the `sender`-th of the other blocks.
   __device__ __forceinline__ char* from_neighbour(int warpgroup) const {
@@ -113,11 +114,12 @@ struct SmallMemory {
 
   __device__ __forceinline__ Barrier* barriers() const { return reinterpret_cast<Barrier*>(base + a.barriers_at); }
   __device__ __forceinline__ Barrier& full_queries() const { return barriers()[0]; }
-  __device__ __forceinline__ Barrier& full_keys(int group, int chunk) const {
-    return barriers()[1 + group * 2 * SmallTile::most_chunks + chunk];
+  __device__ __forceinline__ Barrier& full_keys(int group, int step) const {
+    return barriers()[1 + group * 2 * SmallTile::most_steps + step];
   }
-  __device__ __forceinline__ Barrier& full_values(int group, int chunk) const {
-    return full_keys(group, SmallTile::most_chunks + chunk);
+  // Of the chunk that begins with this step.
+  __device__ __forceinline__ Barrier& full_values(int group, int step) const {
+    return full_keys(group, SmallTile::most_steps + step);
   }
   __device__ __forceinline__ Barrier& received(int warpgroup) const { return full_keys(Config::key_groups, warpgroup); }
   __device__ __forceinline__ Task& task() const {
@@ -157,52 +159,69 @@ __device__ __forceinline__ Task this_task(SmallArguments<typename Config::Score>
   task.job = {static_cast<int>(blockIdx.z), head, first, min_of(queries, a.p.seqlen_q - first)};
   task.head_k = a.pack == a.p.group ? head : head * a.pack / a.p.group;
   task.mask = Mask::make(a.p.seqlen_q, a.p.seqlen_k, a.p.window_left, a.p.window_right);
-  task.range = task.mask.key_range(first, first + task.job.queries, Config::chunk);
-  task.share = (task.range.count() + Config::parts - 1) / Config::parts;
+  task.range = task.mask.key_range(first, first + task.job.queries, Config::steps * Config::step);
+  task.share = ceil_div(task.range.count(), Config::parts);
   task.block_share = task.share * Config::key_groups;
   return task;
 }
 
-// Asks for the lines of the arrays to be brought into the L2 cache, which all kernels share: that may happen while the
-// kernel before still writes them. The tiles of a head divide its keys' and values' rows.
+// Which of the tile's queries a row belongs to.
+template <class Score>
+__device__ __forceinline__ int query_of(SmallArguments<Score> const& a, int row) {
+  return a.pack == 1 ? row : row / a.pack;
+}
+
+// Asks for the lines of the arrays to be brought into the L2 cache, in the order in which they are needed. The tiles of
+// a head divide its keys' and values' rows. Only a multiprocessor's first block does that: the data of the others come
+// while that one computes.
 template <class Config>
 __device__ __forceinline__ void prefetch(SmallArguments<typename Config::Score> const& a, Task const& task) {
-  auto const line = [&](auto const& rows, int row, int head, int panel) {
-    int64_t const at = task.job.sequence * rows.batch_stride + head * rows.head_stride + row * rows.row_stride;
-    auto const* const data = static_cast<typename Config::Element const*>(rows.data) + at + panel * panel_columns;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(data));
-  };
+  using Element = typename Config::Element;
+  uint32_t const block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  if (block >= SmallTile::units) return;
   int const thread = threadIdx.x, rank = Warpgroup<Config>::rank();
-  int const tiles = gridDim.y, begin = task.mask.first_key(0), end = task.mask.end_key(a.p.seqlen_q - 1);
-  int const first = begin + (rank * Config::threads + thread) * tiles + static_cast<int>(blockIdx.y);
-#pragma unroll 1
-  for (int row = first; row < end; row += Config::cluster * Config::threads * tiles) {
-#pragma unroll
-    for (int panel = 0; panel < Config::panels; ++panel) {
-      line(a.p.k, row, task.head_k, panel);
-      line(a.p.v, row, task.head_k, panel);
-    }
-  }
 #pragma unroll 1
   for (int row = thread; rank == 0 && row < task.job.queries * a.pack; row += Config::threads) {
-    int const query = row / a.pack;
-#pragma unroll
-    for (int panel = 0; panel < Config::panels; ++panel) {
-      line(a.p.q, task.job.first + query, task.job.head * a.pack + (row - query * a.pack), panel);
+    int const query = query_of(a, row);
+    prefetch_row<Element, Config::panels>(a.p.q, task.job.sequence, task.job.head * a.pack + (row - query * a.pack),
+                                          task.job.first + query);
+  }
+  int const tiles = gridDim.y, begin = task.mask.first_key(0), end = task.mask.end_key(a.p.seqlen_q - 1);
+  int const first = begin + (rank * Config::threads + thread) * tiles + static_cast<int>(blockIdx.y);
+  auto const share_of = [&](auto const& rows) {
+#pragma unroll 1
+    for (int row = first; row < end; row += Config::cluster * Config::threads * tiles) {
+      prefetch_row<Element, Config::panels>(rows, task.job.sequence, task.head_k, row);
     }
+  };
+  share_of(a.p.k);
+  share_of(a.p.v);
+}
+
+// One thread of each group of warpgroups that share keys: tells the barriers what will come. The first group's thread
+// does so, and below, for the queries.
+template <class Config>
+__device__ __forceinline__ void expect(SmallArguments<typename Config::Score> const& a,
+                                       SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup,
+                                       Task const& task) {
+  int const group = warpgroup.group();
+  if (group == 0) shared.full_queries().arrive_and_expect_tx(a.q_bytes);
+#pragma unroll 1
+  for (int i = 0; i < task.count(warpgroup.part()) * Config::steps; ++i) {
+    shared.full_keys(group, i).arrive_and_expect_tx(Config::kv_bytes);
+    if (i % Config::steps == 0) shared.full_values(group, i).arrive_and_expect_tx(Config::steps * Config::kv_bytes);
   }
 }
 
-// One thread of each group of warpgroups that share keys: asks for all that they will read, in the order in which it is
-// needed: Q K0 K1 V0 K2 V1 ... V(last). The first group's thread asks for the queries.
+// Asks for all that the group will read, in the order in which it is needed: Q, the keys of a chunk, those of the next
+// one, the values of the first ...
 template <class Config>
 __device__ __forceinline__ void request(SmallArguments<typename Config::Score> const& a,
-                                        SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup) {
+                                        SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup,
+                                        Task const& task) {
   constexpr auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  Task const& task = shared.task();
-  auto const load = [&](CUtensorMap const& map, Barrier& full, char* to, int panel_bytes, int bytes, int row,
-                        int head) {
-    full.arrive_and_expect_tx(bytes);
+  constexpr int steps = Config::steps, step = Config::step;
+  auto const load = [&](CUtensorMap const& map, Barrier& full, char* to, int panel_bytes, int row, int head) {
 #pragma unroll
     for (int panel = 0; panel < Config::panels; ++panel) {
       cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), hint, to + panel * panel_bytes,
@@ -210,19 +229,16 @@ __device__ __forceinline__ void request(SmallArguments<typename Config::Score> c
     }
   };
   int const group = warpgroup.group(), part = warpgroup.part();
-  int const begin = task.begin(part), count = task.count(part);
-  if (group == 0) {
-    load(a.q, shared.full_queries(), shared.queries(), Config::q_panel, a.q_bytes, task.job.first, task.job.head);
-  }
+  int const first = task.begin(part) * steps * step, count = task.count(part) * steps;
+  if (group == 0) load(a.q, shared.full_queries(), shared.queries(), Config::q_panel, task.job.first, task.job.head);
 #pragma unroll 1
-  for (int c = 0; c <= count; ++c) {
-    if (c < count) {
-      load(a.k, shared.full_keys(group, c), shared.keys(group, c), Config::kv_panel, Config::kv_bytes,
-           (begin + c) * Config::chunk, task.head_k);
+  for (int i = 0; i < count + steps; ++i) {
+    if (i < count) {
+      load(a.k, shared.full_keys(group, i), shared.keys(group, i), Config::kv_panel, first + i * step, task.head_k);
     }
-    if (c > 0) {
-      load(a.v, shared.full_values(group, c - 1), shared.values(group, c - 1), Config::kv_panel, Config::kv_bytes,
-           (begin + c - 1) * Config::chunk, task.head_k);
+    int const j = i - steps;
+    if (j >= 0 && j % steps == 0) {
+      load(a.v, shared.full_values(group, j), shared.values(group, j), Config::kv_panel, first + j * step, task.head_k);
     }
   }
 }
@@ -243,76 +259,78 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
                                        SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup, Lane lane,
                                        Partial<Config>& partial) {
   using Element = typename Config::Element;
-  constexpr int chunk = Config::chunk, head_dim = Config::head_dim, step = 64;
+  constexpr int head_dim = Config::head_dim, steps = Config::steps, step = Config::step;
   float (&o)[head_dim / 2] = partial.o;
   SoftmaxRow(&state)[2] = partial.state;
-  float s[chunk / 2], ratio[2], offset[2];
-  uint32_t weights[chunk / 4];
+  float s[steps * step / 2], ratio[2], offset[2];
+  auto const scores = [&](int i) -> float (&)[step / 2] {
+    return reinterpret_cast<float (&)[step / 2]>(s[i * step / 2]);
+  };
+  uint32_t weights[steps * step / 4];
 #pragma unroll
   for (int i = 0; i < head_dim / 2; ++i) o[i] = 0.0f;
   int const group = warpgroup.group(), part = warpgroup.part();
-  int const count = shared.task().count(part);
+  Task const& task = shared.task();
+  int const count = task.count(part) * steps, first_key = task.begin(part) * steps * step;
   if (count == 0) {
     if (a.alone) launch_dependents();
     return;
   }
+  // The keys that all 64 rows see: from the last one's first to the first one's last.
+  int const seen_begin = task.mask.first_key(shared.query(warpgroup.rows() * 64 + 63));
+  int const seen_end = task.mask.end_key(shared.query(warpgroup.rows() * 64));
   uint64_t const queries = operand(address_of(shared.queries()) + warpgroup.rows() * 64 * row_bytes, 0);
   shared.full_queries().wait(0);
 #pragma unroll 1
-  for (int c = 0; c < count; ++c) {
+  for (int i = 0; i < count; i += steps) {
     // S = Q Kᵀ
-    shared.full_keys(group, c).wait(0);
-    uint64_t const keys = operand(address_of(shared.keys(group, c)), 0);
-    hold(s);
-    cute::warpgroup_arrive();
+    uint64_t const keys = operand(address_of(shared.keys(group, i)), 0);
 #pragma unroll
-    for (int d = 0; d < head_dim / 16; ++d) {
-      multiply_keys<Element, chunk>(s, queries + (d / 4 * Config::q_panel + d % 4 * 32) / 16,
-                                    keys + (d / 4 * Config::kv_panel + d % 4 * 32) / 16, d > 0);
+    for (int j = 0; j < steps; ++j) {
+      shared.full_keys(group, i + j).wait(0);
+      hold(scores(j));
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int d = 0; d < head_dim / 16; ++d) {
+        multiply_keys<Element, step>(scores(j), queries + (d / 4 * Config::q_panel + d % 4 * 32) / 16,
+                                     keys + (j * Config::kv_bytes + d / 4 * Config::kv_panel + d % 4 * 32) / 16, d > 0);
+      }
+      cute::warpgroup_commit_batch();
     }
-    cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     hold(s);
     transform(s, a.score);
-    Task const& task = shared.task();
 #pragma unroll
-    for (int n = 0; n < chunk; n += step) {
-      int const key = (task.begin(part) + c) * chunk + n;
-      // Whether all 64 rows see all of these keys: the last one's first, and the first one's last.
-      int const row = warpgroup.rows() * 64;
-      bool const seen =
-          task.mask.first_key(shared.query(row + 63)) <= key && key + step <= task.mask.end_key(shared.query(row));
-      if (!seen) {
+    for (int j = 0; j < steps; ++j) {
+      int const key = first_key + (i + j) * step;
+      if (key < seen_begin || key + step > seen_end) {
         int const query[2] = {shared.query(lane.row), shared.query(lane.row + 8)};
-        hide(reinterpret_cast<float (&)[step / 2]>(s[n / 2]), visible(task.mask, query, key));
+        hide(scores(j), visible(shared.task().mask, query, key));
       }
     }
     raise_maxima(s, state, ratio, offset, a.score);
-    if (c > 0) {
+    if (i > 0) {
 #pragma unroll
-      for (int i = 0; i < head_dim / 2; ++i) o[i] *= ratio[i / 2 % 2];
+      for (int k = 0; k < head_dim / 2; ++k) o[k] *= ratio[k / 2 % 2];
     }
     // All that the block asked for is there, or about to be: the next kernel may bring its own lines into the cache.
-    if (c == 0 && a.alone) launch_dependents();
+    if (i == 0 && a.alone) launch_dependents();
     // O += P V
-    uint64_t const values = operand(address_of(shared.values(group, c)), Config::kv_panel);
+    uint64_t const values = operand(address_of(shared.values(group, i)), Config::kv_panel);
 #pragma unroll
-    for (int n = 0; n < chunk / 16; n += step / 16) {
+    for (int j = 0; j < steps; ++j) {
+      exponentials<Config>(scores(j), state, offset, a.score.factor);
+      uint32_t* const w = weights + j * step / 4;
 #pragma unroll
-      for (int i = 8 * n; i < 8 * n + step / 2; ++i) {
-        s[i] = exp2_of(s[i] * a.score.factor - offset[i / 2 % 2]);
-        state[i / 2 % 2].sum += s[i];
-      }
-#pragma unroll
-      for (int i = 4 * n; i < 4 * n + step / 4; ++i) weights[i] = Precision<Element>::pack(s[2 * i], s[2 * i + 1]);
-      if (n == 0) {
-        shared.full_values(group, c).wait(0);
+      for (int k = 0; k < step / 4; ++k) w[k] = Precision<Element>::pack(scores(j)[2 * k], scores(j)[2 * k + 1]);
+      if (j == 0) {
+        shared.full_values(group, i).wait(0);
         hold(o);
       }
       cute::warpgroup_arrive();
 #pragma unroll
-      for (int m = n; m < n + step / 16; ++m) {
-        multiply_values<Element, head_dim>(o, weights + 4 * m, values + m * 16 * row_bytes / 16);
+      for (int m = 0; m < step / 16; ++m) {
+        multiply_values<Element, head_dim>(o, w + 4 * m, values + (j * Config::kv_bytes + m * 16 * row_bytes) / 16);
       }
       cute::warpgroup_commit_batch();
     }
@@ -412,7 +430,7 @@ __device__ __forceinline__ void exchange(SmallMemory<Config> const& shared, Warp
       }
     }
     wait_for_cluster(address_of(&shared.received(warpgroup.index)));
-    int const senders = task.senders(rank);
+    int const senders = task.senders<Config::cluster>(rank);
 #pragma unroll
     for (int i = 0; i < cluster - 1; ++i) {
       if (i < senders) merge<pieces>(shared.from_block(warpgroup.index, i), factor, partial.state, mine);
@@ -426,13 +444,12 @@ __device__ __forceinline__ void exchange(SmallMemory<Config> const& shared, Warp
 // Divides the part's columns by the rows' sums and writes them. Lanes of a quad exchange what they hold (a transpose of
 // 4 × 4 pairs), so that each writes 16 bytes, where a part has two pieces or more.
 template <class Config>
-__device__ __forceinline__ void write(SmallArguments<typename Config::Score> const& a, JobPlace const& job, Lane lane,
-                                      Warpgroup<Config> warpgroup, SoftmaxRow const (&state)[2],
-                                      float const (&mine)[4 * Config::pieces]) {
+__device__ __forceinline__ void write(SmallArguments<typename Config::Score> const& a,
+                                      OutputRow<Config> const (&row)[2], Warpgroup<Config> warpgroup,
+                                      SoftmaxRow const (&state)[2], float const (&mine)[4 * Config::pieces]) {
   constexpr int pieces = Config::pieces;
   int const t = threadIdx.x % 4;
   int const first = (warpgroup.group() * Config::group_pieces + warpgroup.rank() * pieces) * 8;
-  OutputRow<Config> const row[2] = {{a, job, lane.row}, {a, job, lane.row + 8}};
   float const factor[2] = {state[0].inverse_sum(), state[1].inverse_sum()};
   if (warpgroup.part() == 0 && t == 0) {
 #pragma unroll
@@ -481,9 +498,9 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
 #pragma unroll
     for (int group = 0; group < Config::key_groups; ++group) {
 #pragma unroll 1
-      for (int c = 0; c < a.chunks; ++c) {
-        shared.full_keys(group, c).init(1);
-        shared.full_values(group, c).init(1);
+      for (int i = 0; i < a.steps; ++i) {
+        shared.full_keys(group, i).init(1);
+        shared.full_values(group, i).init(1);
       }
     }
 #pragma unroll
@@ -494,7 +511,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
   if (threadIdx.x == 32) shared.task() = task;
   prefetch<Config>(a, task);
   for (int row = threadIdx.x; row < Config::tile_q; row += Config::threads) {
-    shared.query(row) = task.job.first + row / a.pack;
+    shared.query(row) = task.job.first + query_of(a, row);
   }
   if (threadIdx.x == 64) {
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&a.q));
@@ -507,39 +524,44 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
   __syncthreads();
   if (Config::cluster > 1) {
     if (leads) {
-      int const bytes = task.senders(warpgroup.rank()) * Config::tile.block_bytes();
+      int const bytes = task.senders<Config::cluster>(warpgroup.rank()) * Config::tile.block_bytes();
       shared.received(warpgroup.index).arrive_and_expect_tx(bytes);
     }
     cluster_arrive_relaxed();  // the fence above has made the barriers known
   }
+  bool const requests = leads && warpgroup.rows() == 0;
+  if (requests) expect<Config>(a, shared, warpgroup, task);
   if (!a.alone) launch_dependents();
   wait_for_prerequisites();
 
-  if (leads && warpgroup.rows() == 0) request<Config>(a, shared, warpgroup);
+  if (requests) request<Config>(a, shared, warpgroup, task);
   __syncwarp();
   Lane const lane{warpgroup.rows() * 64 + warpgroup.thread() / 32 * 16 + warpgroup.thread() % 32 / 4};
   Partial<Config> partial;
   attend<Config>(a, shared, warpgroup, lane, partial);
+  // Where the rows go, before the merge has to be waited for.
+  JobPlace const job = shared.task().job;
+  OutputRow<Config> const row[2] = {{a, job, lane.row}, {a, job, lane.row + 8}};
   float mine[4 * Config::pieces];
   exchange<Config>(shared, warpgroup, a.score.factor, partial, mine);
-  write<Config>(a, shared.task().job, lane, warpgroup, partial.state, mine);
+  write<Config>(a, row, warpgroup, partial.state, mine);
 }
 
 template <class Config>
 void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   constexpr SmallTile tile = Config::tile;
-  int const chunks = plan.tile_k / (Config::chunk * Config::key_groups);
+  int const steps = plan.tile_k / (Config::step * Config::key_groups);
   int const queries = Config::tile_q / plan.packed_heads, groups = p.heads_q / plan.packed_heads;
   int64_t const pack = plan.packed_heads;
-  auto const keys = [&](Rows<const void*> const& rows) {
+  auto const keys = [&](Rows<const void*> const& rows, int box) {
     // A problem without keys has nothing to describe, and nobody reads it.
     return tensor_map({rows.data != nullptr ? rows.data : p.q.data,
                        dtype,
                        p.head_dim,
                        {1, p.seqlen_k, p.heads_k, p.batch},
                        {0, rows.row_stride, rows.head_stride, rows.batch_stride},
-                       {1, Config::chunk}});
+                       {1, box}});
   };
   SmallArguments<typename Config::Score> const arguments{
       {tensor_map({p.q.data,
@@ -548,8 +570,8 @@ void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
                    {pack, p.seqlen_q, p.heads_q / pack, p.batch},
                    {p.q.head_stride, p.q.row_stride, p.q.head_stride * pack, p.q.batch_stride},
                    {plan.packed_heads, queries}}),
-       keys(p.k),
-       keys(p.v),
+       keys(p.k, Config::step),
+       keys(p.v, Config::steps * Config::step),
        p,
        {queries, 1, groups, 0},
        static_cast<uint32_t>(plan.tiles),
@@ -557,10 +579,10 @@ void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
        Config::panels * plan.packed_heads * queries * row_bytes,
        false,
        Config::Score::make(p.scale, p.softcap)},
-      chunks,
-      tile.values_at(chunks),
-      tile.received_at(chunks),
-      tile.barriers_at(chunks),
+      steps,
+      tile.values_at(steps),
+      tile.received_at(steps),
+      tile.barriers_at(steps),
       plan.blocks <= SmallTile::units};
 
   auto const kernel = small_kernel<Config>;
@@ -573,21 +595,10 @@ void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         "preparing the small sm90 kernel");
   });
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = Config::cluster;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(Config::cluster * groups), ceil_div(p.seqlen_q, queries),
-                        static_cast<unsigned>(p.batch));
-  config.blockDim = dim3(Config::threads);
-  config.dynamicSmemBytes = static_cast<size_t>(tile.shared_memory(chunks));
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = Config::cluster > 1 ? 2 : 1;
-  cuda_check(cudaLaunchKernelEx(&config, kernel, arguments), "launching the small sm90 kernel");
+  dim3 const grid(static_cast<unsigned>(Config::cluster * groups), ceil_div(p.seqlen_q, queries),
+                  static_cast<unsigned>(p.batch));
+  launch_dependent(kernel, {grid, Config::threads, tile.shared_memory(steps), Config::cluster, true}, stream, arguments,
+                   "launching the small sm90 kernel");
 }
 
 }  // namespace flashcore::sm90

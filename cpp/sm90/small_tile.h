@@ -12,11 +12,13 @@ struct SmallTile {
   int row_groups;  // warpgroups of 64 rows of queries each
   int key_groups;  // for each of these, warpgroups that divide the keys of the block: 1 or 2
   int cluster;     // blocks that divide a tile's keys
-  int chunk;       // keys that a warpgroup multiplies at once; each chunk has its own barriers
+  int chunk;       // keys whose scores a warpgroup asks for at once, 64 to a product
   int blocks;      // of a multiprocessor, that the registers leave room for
   bool plain_score;
 
-  static constexpr int most_chunks = 8;    // of a warpgroup's part of the keys
+  static constexpr int step =
+      64;  // keys of a product; each step has a barrier for its keys, each chunk one for its values
+  static constexpr int most_steps = 16;    // of a warpgroup's part of the keys
   static constexpr int state_bytes = 128;  // what the block is to do
   static constexpr int units = 132;        // multiprocessors of the devices that the choice of tiles is for
 
@@ -26,27 +28,26 @@ struct SmallTile {
   FLASHCORE_HD constexpr int threads() const { return 128 * warpgroups(); }
   FLASHCORE_HD constexpr int panels() const { return ceil_div(head_dim, 64); }
   FLASHCORE_HD constexpr int q_bytes() const { return panels() * tile_q() * 128; }
-  FLASHCORE_HD constexpr int kv_bytes() const { return panels() * chunk * 128; }  // of a chunk's keys, or its values
+  FLASHCORE_HD constexpr int steps() const { return chunk / step; }
+  FLASHCORE_HD constexpr int kv_bytes() const { return panels() * step * 128; }  // of a step's keys, or its values
   // What a warpgroup is sent of 64 rows' outputs in float32 and of their states: by the other warpgroup of its rows,
   // and by each of the cluster's other blocks.
   FLASHCORE_HD constexpr int sent_bytes(int parts) const { return 64 * (head_dim / parts * 4 + 8); }
   FLASHCORE_HD constexpr int neighbour_bytes() const { return key_groups > 1 ? sent_bytes(key_groups) : 0; }
   FLASHCORE_HD constexpr int block_bytes() const { return sent_bytes(parts()); }
   FLASHCORE_HD constexpr int received_bytes() const { return neighbour_bytes() + (cluster - 1) * block_bytes(); }
-  // For the queries, each chunk's keys and values, what a warpgroup receives.
-  FLASHCORE_HD constexpr int barriers() const { return 1 + key_groups * 2 * most_chunks + warpgroups(); }
+  // For the queries, each step's keys and values, what a warpgroup receives.
+  FLASHCORE_HD constexpr int barriers() const { return 1 + key_groups * 2 * most_steps + warpgroups(); }
 
   // The order in shared memory: queries, keys, values, what warpgroups receive, barriers, the block's own state, and
   // which query each row of the tile is.
-  FLASHCORE_HD constexpr int values_at(int chunks) const { return q_bytes() + key_groups * chunks * kv_bytes(); }
-  FLASHCORE_HD constexpr int received_at(int chunks) const {
-    return values_at(chunks) + key_groups * chunks * kv_bytes();
+  FLASHCORE_HD constexpr int values_at(int steps) const { return q_bytes() + key_groups * steps * kv_bytes(); }
+  FLASHCORE_HD constexpr int received_at(int steps) const { return values_at(steps) + key_groups * steps * kv_bytes(); }
+  FLASHCORE_HD constexpr int barriers_at(int steps) const {
+    return received_at(steps) + warpgroups() * received_bytes();
   }
-  FLASHCORE_HD constexpr int barriers_at(int chunks) const {
-    return received_at(chunks) + warpgroups() * received_bytes();
-  }
-  FLASHCORE_HD constexpr int shared_memory(int chunks) const {
-    return barriers_at(chunks) + barriers() * 8 + state_bytes + tile_q() * 4;
+  FLASHCORE_HD constexpr int shared_memory(int steps) const {
+    return barriers_at(steps) + barriers() * 8 + state_bytes + tile_q() * 4;
   }
 };
 
