@@ -9,7 +9,7 @@
 #include "core/once_per_device.h"
 #include "sm90/cluster.h"
 #include "sm90/dependent_launch.h"
-#include "sm90/forward_kernel.cuh"
+#include "sm90/forward_output.cuh"
 #include "sm90/small_tile.h"
 
 namespace flashcore::sm90 {

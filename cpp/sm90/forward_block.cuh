@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a block of the Hopper forward kernel is made of: its configuration, arguments, shared memory and jobs.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include "attention/mask.h"
+#include "attention/scheduler.h"
+#include "attention/score.h"
+#include "core/forward_params.h"
+#include "sm90/tensor_core.h"
+#include "sm90/tensor_map.h"
+
+namespace flashcore::sm90 {
+
+// What the kernel is compiled for; tiles.inc has the numbers and their reasons.
+template <class Element_, int head_dim_, int tile_k_, int warpgroups_, int slots_, bool in_turn_, int q_buffers_,
+          bool plain_score_>
+struct ForwardConfig {
+  using Element = Element_;
+  using Score = std::conditional_t<plain_score_, PlainScore, CappedScore>;
+  static constexpr int head_dim = head_dim_;
+  static constexpr int tile_k = tile_k_;
+  static constexpr int warpgroups = warpgroups_;  // consumers, 64 rows of queries each
+  static constexpr int slots = slots_;            // of the ring; each holds a tile of keys or of values
+  // Warpgroups issue their products one after the other, so that one's softmax meets the others' products.
+  static constexpr bool in_turn = in_turn_;
+  // Queries as the first product's operand from registers, where there are enough: shared memory is read for keys
+  // alone, and the queries' place is free for the next job's as soon as they have been read.
+  static constexpr bool queries_in_registers = q_buffers_ == 1 && warpgroups_ == 2 && head_dim_ <= 128;
+  // With room for the next job's queries its first scores are computed together with this job's last output.
+  static constexpr int q_buffers = q_buffers_;
+  static constexpr bool pipelined = q_buffers > 1 || queries_in_registers;
+  // A column of ones beside the values makes the second product give the rows' sums. At head dimension 64 these
+  // additions are a sixth of the loop's instructions, and the product grows by an eighth. The product adds the rounded
+  // weights, which is right for the output and not for the log-sum-exp: see WithLse.
+  static constexpr bool sums_by_product = head_dim == 64;
+  static constexpr bool adds_sums = !sums_by_product;
+  static constexpr int columns = head_dim + (sums_by_product ? 8 : 0);  // of the second product
+
+  // Tiles that every row sees whole leave the rows' references where they are: see `steady_step`.
+  static constexpr bool steady = plain_score_;
+  // Where no product adds the weights up, they are cut to their type's bits before they are added: the sums must be of
+  // the weights that the second product gets, or the largest weight of a peaked row would be rounded in one place and
+  // not in the other. `lift` (bits) makes up for the mean of what is cut off: 2^-8 or 2^-11, times the mean of 1 / m
+  // over the mantissas m, 1 / (2 ln 2). Calls for the log-sum-exp, whose sums must not be rounded, have no steady tiles
+  // then.
+  static constexpr bool cuts = !sums_by_product, bfloat = std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr uint32_t kept = bfloat ? 0xffff0000 : 0xffffe000;
+  static constexpr float lift = cuts ? (bfloat ? 0.004063f : 0.000508f) : 0.0f;
+  // A row's largest weight so far is 2^−slack, and a tile moves the row's reference where one of its weights reaches 2:
+  // 1 + slack bits more. bfloat16 has float32's exponents, float16's weights lose bits below 2^−14.
+  static constexpr float slack = !steady ? 0.0f : bfloat ? 24.0f : 3.0f;
+
+  static constexpr int tile_q = 64 * warpgroups;
+  static constexpr int threads = 128 * (1 + warpgroups);
+  // Under a causal mask the first warpgroups of a tile do not see its last keys, and leave them out.
+  static constexpr bool skips = !in_turn && tile_k < tile_q && pipelined;
+  static constexpr int most_skipped = (tile_q - 1) / tile_k;
+  static constexpr int panels = (head_dim + panel_columns - 1) / panel_columns;
+  static constexpr int q_panel = tile_q * row_bytes, kv_panel = tile_k * row_bytes;
+  static constexpr int q_bytes = panels * q_panel, kv_bytes = panels * kv_panel;
+  static_assert(head_dim % 32 == 0 && tile_k % 16 == 0 && tile_k <= 256 && slots >= 3 && q_buffers <= 2);
+
+  // Registers a thread: an even share at launch, of which the producer warpgroup gives away most.
+  static constexpr int launch_registers = 512 / (1 + warpgroups) / 8 * 8;
+  static constexpr int producer_registers = warpgroups == 2 ? 40 : 32;
+  static constexpr int consumer_registers =
+      (launch_registers * (1 + warpgroups) - producer_registers) / warpgroups / 8 * 8;
+};
+
+// The same for calls that want the log-sum-exp: it adds the weights before they are rounded, too. The output's sums
+// stay the product's, so that it has the same bits with the log-sum-exp and without.
+template <class Config>
+struct WithLse : Config {
+  static constexpr bool adds_sums = true;
+};
+
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+// A tile of values: its first row in the array.
+struct TilePlace {
+  int row, head, sequence;
+};
+
+// What the producer tells the consumers: a tile of queries, or that there are no more, or that they shall have noted by
+// the time that they answer which jobs have to be done again.
+struct Posted : Work {
+  static constexpr int end = -1, notes = -2;  // instead of a tile
+  bool once_more;
+};
+
+template <class Config>
+struct SharedMemory {
+  alignas(1024) char q[Config::q_buffers][Config::q_bytes];
+  alignas(1024) char kv[Config::slots][Config::kv_bytes];
+  alignas(1024) char ones[Config::sums_by_product ? Config::kv_panel : 16];
+  Posted work[4];  // what the queries are for, of the last jobs in turn
+  // Jobs to be done once more, with the exact loop alone, and whether one of the last ones is among them.
+  Work again[12];
+  int again_count, noted[4];
+  // The producer's own, for which it has no registers left: its tile, whether that has been handed out, and the values
+  // to be loaded next, or row −1.
+  uint32_t tile;
+  bool tile_spent;
+  TilePlace values;
+  Barrier q_full[Config::q_buffers], q_empty[Config::q_buffers];
+  Barrier full[Config::slots], empty[Config::slots];
+};
+
+template <class Score>
+struct Arguments {
+  CUtensorMap q, k, v;
+  ForwardParams p;
+  TileScheduler<true> scheduler;
+  uint32_t tiles;  // that the scheduler numbers
+  int pack;        // query heads of one key head whose rows share a tile
+  int q_bytes;     // that TMA brings for a tile of queries
+  bool steady;     // whether tiles may leave the references where they are
+  Score score;
+};
+
+// A place in the ring: slots are filled and emptied in turn, and the barriers' phase flips each time around.
+template <int slots>
+struct RingPlace {
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == slots) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// The number of a job, modulo 4: its place among the last jobs, and that of its queries.
+template <int buffers>
+struct JobNumber {
+  int number = 0;
+
+  __device__ __forceinline__ void advance() { number = (number + 1) & 3; }
+  __device__ __forceinline__ int before() const { return (number + 3) & 3; }
+  __device__ __forceinline__ int slot() const { return buffers == 1 ? 0 : number & 1; }
+  __device__ __forceinline__ uint32_t phase() const { return buffers == 1 ? number & 1 : number >> 1; }
+};
+
+// A tile of queries: row r is query first + r / pack of head `work.head` · pack + r % pack.
+struct Job {
+  Work work;
+  Mask mask;
+  KeyRange range;
+  int first, queries;
+};
+
+template <class Config>
+__device__ __forceinline__ Job job_of(Arguments<typename Config::Score> const& a, Work const& work) {
+  Job job;
+  job.work = work;
+  job.first = work.tile * a.scheduler.tile_q;
+  job.queries = min_of(a.scheduler.tile_q, work.seqlen_q - job.first);
+  job.mask = Mask::make(work.seqlen_q, work.seqlen_k, a.p.window_left, a.p.window_right);
+  job.range = job.mask.key_range(job.first, job.first + job.queries, Config::tile_k);
+  return job;
+}
+
+}  // namespace flashcore::sm90

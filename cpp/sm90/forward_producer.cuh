@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// The producer of the Hopper forward kernel: which tile of queries comes next, and what TMA brings for it.
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "sm90/forward_block.cuh"
+
+namespace flashcore::sm90 {
+
+// What TMA tells the L2 cache: keys and values will be read again by other blocks, queries will not.
+constexpr uint64_t keep_in_l2 = 0x14f0000000000000, drop_from_l2 = 0x12f0000000000000;
+
+// The block's next tile after `index`. The blocks stay; where tiles can be as uneven as sequences are, a counter gives
+// each free block the next one, and otherwise they take tiles in turn, forwards and backwards like a plough, so that
+// each gets as many long as short ones.
+template <class Score>
+__device__ __forceinline__ uint32_t next_tile(Arguments<Score> const& a, uint32_t index) {
+  if (a.p.next_tile != nullptr) return gridDim.x + atomicAdd(a.p.next_tile, 1);
+  uint32_t const row = index / gridDim.x + 1;
+  return row * gridDim.x + (row & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// One thread: tells the consumers each job, asks for its queries and, as the slots empty, for its tiles of keys and
+// values, in the order in which the consumers need them: K0 K1 V0 K2 V1 ... V(last).
+template <class Config>
+__device__ __forceinline__ void produce(Arguments<typename Config::Score> const& a, SharedMemory<Config>& shared) {
+  RingPlace<Config::slots> place;
+  JobNumber<Config::q_buffers> current;
+  auto const load = [&](CUtensorMap const& map, int row, int head, int sequence) {
+    shared.empty[place.slot].wait(place.phase ^ 1);
+    Barrier& full = shared.full[place.slot];
+    full.arrive_and_expect_tx(Config::kv_bytes);
+#pragma unroll
+    for (int panel = 0; panel < Config::panels; ++panel) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), keep_in_l2,
+                                   shared.kv[place.slot] + panel * Config::kv_panel, panel * panel_columns, 0, row,
+                                   head, sequence);
+    }
+    place.advance();
+  };
+  // Values come a tile later than their keys: the last ones of a job, where pipelined, after the next job's first keys,
+  // if it has any.
+  shared.values.row = -1;
+  auto const load_values = [&] {
+    TilePlace const& values = shared.values;
+    if (values.row < 0) return;
+    load(a.v, values.row, values.head, values.sequence);
+    shared.values.row = -1;
+  };
+  auto const post = [&](Work const& work, bool once_more, int bytes) {
+    shared.q_empty[current.slot()].wait(current.phase() ^ 1);
+    shared.work[current.number] = {work, once_more};
+    shared.noted[current.number] = 0;
+    asm volatile("" ::: "memory");
+    shared.q_full[current.slot()].arrive_and_expect_tx(bytes);
+  };
+  auto const post_sign = [&](int sign) {
+    load_values();
+    Work work{};
+    work.tile = sign;
+    post(work, false, 0);
+  };
+  int left = 0;  // jobs to be done once more, of those that are known
+  auto const collect = [&] {
+    post_sign(Posted::notes);
+    shared.q_empty[current.slot()].wait(current.phase());
+    asm volatile("" ::: "memory");
+    current.advance();
+    left = shared.again_count;
+    shared.again_count = 0;
+  };
+  // Consumers may be as many jobs behind as there are places for queries, and one.
+  constexpr int many = sizeof(shared.again) / sizeof(Work) - 4;
+  shared.tile = blockIdx.x;
+  shared.tile_spent = false;
+#pragma unroll 1
+  while (true) {
+    // Not before all of the last job has been asked for: a block that took a tile earlier would keep it from one that
+    // is free. The consumers have a ring full of tiles meanwhile.
+    if (shared.tile_spent) {
+      shared.tile = next_tile(a, shared.tile);
+      shared.tile_spent = false;
+    }
+    bool const more = shared.tile / gridDim.x * gridDim.x < a.tiles, once_more = left > 0;
+    Work work;
+    if (once_more) {
+      work = shared.again[--left];
+    } else if (!more || *const_cast<int volatile*>(&shared.again_count) >= many) {
+      collect();
+      if (left == 0 && !more) break;
+      continue;
+    } else {
+      uint32_t const tile = shared.tile;
+      shared.tile_spent = true;
+      if (tile >= a.tiles || !a.scheduler.work(a.p, tile, work)) continue;
+    }
+    Job const job = job_of<Config>(a, work);
+    KeyRange const& range = job.range;
+    int const count = range.count();
+    post(work, once_more, count == 0 ? 0 : a.q_bytes);
+    if (count == 0) {
+      load_values();
+      current.advance();
+      continue;
+    }
+    int const sequence = a.p.cu_seqlens_q ? 0 : work.sequence;
+    int const head_k = a.pack == a.p.group ? work.head : work.head * a.pack / a.p.group;
+    auto const row = [&](int i) { return work.k_begin + range.tile(i) * Config::tile_k; };
+
+#pragma unroll
+    for (int panel = 0; panel < Config::panels; ++panel) {
+      cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&shared.q_full[current.slot()]), drop_from_l2,
+                                   shared.q[current.slot()] + panel * Config::q_panel, panel * panel_columns, 0,
+                                   work.q_begin + job.first, work.head, sequence);
+    }
+    current.advance();
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      load(a.k, row(i), head_k, sequence);
+      load_values();
+      shared.values = {row(i), head_k, sequence};
+    }
+    if (!Config::pipelined) load_values();
+  }
+  post_sign(Posted::end);
+}
+
+}  // namespace flashcore::sm90
