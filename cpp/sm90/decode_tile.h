@@ -13,7 +13,7 @@ struct HopperDecodeTile {
   static constexpr int warps = 4;         // of consumers, beside the producer's
   static constexpr int warp_keys = 16;    // of a tile of 64 keys, each warp's own
   static constexpr int most_stages = 8;   // tiles of keys on their way
-  static constexpr int most_cluster = 8;  // blocks that share an item: a lane of a warp merges for each of their warps
+  static constexpr int most_cluster = 8;  // blocks that share an item
 
   FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
   // Two blocks share a multiprocessor's registers where the accumulators are few.
@@ -31,8 +31,8 @@ struct HopperDecodeTile {
   FLASHCORE_HD constexpr int merge_stride() const { return head_dim + 8; }
   FLASHCORE_HD constexpr int merge_bytes() const { return warps * rows() * merge_stride() * 4; }
   // What all warps of a cluster's blocks send to each of these: its columns of `rows` rows, and all rows' log-sum-exp.
-  FLASHCORE_HD constexpr int received_bytes(int rows) const { return rows * warps * head_dim * 4; }
-  FLASHCORE_HD constexpr int received_lse_bytes(int rows) const { return rows * warps * most_cluster * 4; }
+  FLASHCORE_HD constexpr int received_bytes(int rows) const { return rows * head_dim * 4; }
+  FLASHCORE_HD constexpr int received_lse_bytes(int rows) const { return rows * most_cluster * 4; }
 
   // What comes before the stages, and behind them, in clusters only.
   FLASHCORE_HD constexpr int head_bytes() const {

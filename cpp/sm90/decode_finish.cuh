@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// The end of a part in the Hopper decode kernel: the warps' results become the block's, the blocks' the cluster's.
+#pragma once
+
+#include <type_traits>
+
+#include "attention/combine.h"
+#include "sm90/decode_block.cuh"
+
+namespace flashcore::sm90 {
+
+// A part's result, for a row of it: the output's, or what the kernel behind this one merges.
+template <class Config>
+__device__ __forceinline__ void write(DecodeArguments const& a, DecodePart const& part, int row, int column, float4 x) {
+  sm80::DecodeParams const& p = a.p;
+  if (part.slot >= 0) {
+    *reinterpret_cast<float4*>(p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + column) = x;
+  } else {
+    using P = sm80::Precision<typename Config::Element>;
+    auto* const out = static_cast<typename Config::Element*>(p.o.data) +
+                      row_offset(p.o, part.sequence, row_place(a, part, row)) + column;
+    *reinterpret_cast<uint2*>(out) = {P::pack(x.x, x.y), P::pack(x.z, x.w)};
+  }
+}
+__device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart const& part, int row, float lse) {
+  sm80::DecodeParams const& p = a.p;
+  if (part.slot >= 0) {
+    p.part_lse[int64_t{part.slot} * p.part_rows + row] = lse;
+  } else if (p.lse != nullptr) {
+    RowPlace const at = row_place(a, part, row);
+    p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = lse;
+  }
+}
+
+// This block's columns of the item's rows, when all blocks of the cluster have sent theirs: a thread has four columns of
+// a row, and takes the blocks' in their order.
+template <class Config>
+__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
+                                              bool acts) {
+  DecodePart const& part = shared.part();
+  constexpr int most = HopperDecodeTile::most_cluster;
+  int const blocks = 1 << a.log_cluster, columns = Config::head_dim >> a.log_cluster, rows = part.valid_rows;
+  if (acts) shared.received_all()->wait(0);
+#pragma unroll 1
+  for (int i = threadIdx.x % Config::consumers; i < rows * columns / 4; i += Config::consumers) {
+    int const row = static_cast<int>(4u * static_cast<unsigned>(i) / static_cast<unsigned>(columns));
+    int const column = i * 4 - row * columns;
+    float lse[most];
+    float4 x[most];
+    float top = minus_infinity();
+#pragma unroll
+    for (int block = 0; block < most; ++block) {
+      lse[block] = minus_infinity(), x[block] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (!acts || block >= blocks) continue;
+      lse[block] = shared.received_lse(rows)[block * rows + row];
+      x[block] = *reinterpret_cast<float4 const*>(shared.received() + (block * rows + row) * columns + column);
+      top = lse[block] > top || lse[block] != lse[block] ? lse[block] : top;  // a NaN stays
+    }
+    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+    float total = 0.0f;
+#pragma unroll
+    for (int block = 0; block < most; ++block) {
+      float const weight = part_weight(lse[block], top);
+      total += weight;
+      sum.x += weight * x[block].x, sum.y += weight * x[block].y;
+      sum.z += weight * x[block].z, sum.w += weight * x[block].w;
+    }
+    float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
+    if (acts && rank * columns + column < a.p.head_dim) write<Config>(a, part, row, rank * columns + column, sum);
+    if (acts && rank == 0 && column == 0) write_lse(a, part, row, merged_lse(top, total));
+  }
+}
+
+// The end of a part. The producer's warp goes the same way before the consumers get there and does nothing on it
+// (`acts` is false): it fetches the instructions, which would take longer than to execute them.
+//
+// In a cluster each block sends its result to the others: equal shares of the columns, and to all the log-sum-exp.
+template <class Config>
+__device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
+                                       int warp, int lane, bool acts) {
+  constexpr int head_dim = Config::head_dim, slices = Config::slices, rows = Config::rows;
+  constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
+  DecodePart const& part = shared.part();
+  float const factor = a.p.score.factor;
+  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
+  int const blocks = 1 << a.log_cluster, columns = head_dim >> a.log_cluster, rank = blockIdx.x & (blocks - 1);
+  uint32_t const received_all = shared_address(shared.received_all());
+
+  // The warps' results become one: each scales its own by its weight over the sum of all.
+  float* const maxima = shared.maxima() + warp * rows + lane / 4;
+#pragma unroll
+  for (int m = 0; m < slices; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const sum = sm80::sum_of_quad(work.state[m][half].sum);
+      if (acts && lane % 4 == 0) {
+        maxima[m * 16 + half * 8] = work.state[m][half].max;
+        maxima[m * 16 + half * 8 + Config::warps * rows] = sum;
+      }
+    }
+  }
+  if (a.log_cluster > 0) cluster_wait_acquire();  // all blocks run, and may be sent to
+  if (acts) consumers_sync(consumers);            // the states are there, and nobody reads the stages any more
+#pragma unroll
+  for (int m = 0; m < slices; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const row = m * 16 + half * 8 + lane / 4;
+      if (m * 16 + half * 8 >= part.valid_rows) continue;
+      SoftmaxRow all;
+#pragma unroll
+      for (int w = 0; w < Config::warps; ++w) all.max = fmaxf(all.max, read(shared.maxima() + w * rows + row));
+      float const top = all.max == minus_infinity() ? 0.0f : all.max;
+#pragma unroll
+      for (int w = 0; w < Config::warps; ++w) {
+        all.sum += exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) *
+                   read(shared.sums() + w * rows + row);
+      }
+      float const weight = exp2_of((work.state[m][half].max - top) * factor) * all.inverse_sum();
+      float* const to = shared.outputs() + (warp * rows + row) * merge_stride + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < head_dim / 8; ++n) {
+        float2 const pair{work.o[m][n][2 * half] * weight, work.o[m][n][2 * half + 1] * weight};
+        if (acts) *reinterpret_cast<float2*>(to + n * 8) = pair;
+      }
+      if (warp % Config::warps == 0 && row < part.valid_rows) {
+        float const lse = all.lse(factor);
+        if (a.log_cluster > 0) {
+          uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
+#pragma unroll 1
+          for (int block = lane % 4; block < blocks; block += 4) {
+            if (acts) send(in_block(at, block), __float_as_uint(lse), in_block(received_all, block));
+          }
+        } else if (acts && lane % 4 == 0) {
+          write_lse(a, part, row, lse);
+        }
+      }
+    }
+  }
+  if (acts) consumers_sync(consumers);  // the outputs are there
+  constexpr int row_pieces = head_dim / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x % consumers; i < part.valid_rows * row_pieces; i += consumers) {
+    int const row = i / row_pieces, column = i % row_pieces * 4;
+    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < Config::warps; ++w) {
+      float4 const x =
+          read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + column));
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    if (a.log_cluster > 0) {
+      int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
+      float* const to = shared.received() + (rank * part.valid_rows + row) * columns + column - owner * columns;
+      if (acts) send(in_block(shared_address(to), owner), sum, in_block(received_all, owner));
+    } else if (acts && column < a.p.head_dim) {
+      write<Config>(a, part, row, column, sum);
+    }
+  }
+  if (a.log_cluster > 0) merge_cluster<Config>(a, shared, rank, acts);
+}
+
+}  // namespace flashcore::sm90
