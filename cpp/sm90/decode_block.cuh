@@ -25,40 +25,43 @@ struct DecodeConfig {
   static constexpr int tile_k = DecodeParts::tile_k, warp_keys = HopperDecodeTile::warp_keys;
   static_assert(tile_k == warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
 
-  static constexpr int panels = tile.panels(), panel_bytes = tile_k * 128;
+  static constexpr int panels = tile.panels();
   static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
   static constexpr int blocks_a_unit = tile.blocks_a_unit();
 };
 
 struct DecodeArguments {
-  CUtensorMap k, v;  // boxes of 64 columns × box_rows keys, or of all columns where box_panels is 1
+  CUtensorMap k, v;  // boxes of box_rows keys, 64 columns or all
   sm80::DecodeParams p;
   DecodeParts parts;
   Divisor group, row_tiles;  // of p
   int log_box;               // of box_rows: 64, or a page's where that is less
   int log_page;              // of p.page_size
-  int box_panels;            // boxes that bring a key's columns
+  int column_boxes;          // that bring a key's columns
   Divisor even;              // parts of each item; 0: `parts` says how many, by the lengths
   int log_cluster;           // of the blocks that share a part and merge it
   int prefetched;            // tiles
   int late;
 };
 
-// Keys or values in shared memory as TMA writes them with its 128-byte swizzle: panels of 64 columns, a row of a panel
-// 128 bytes, whose 16-byte chunks are permuted by the row modulo 8.
-struct PanelTile {
-  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-    return chunk / 8 * (64 * 128) + row * 128 + ((chunk ^ row) & 7) * 16;
+// Keys or values in shared memory as TMA writes them with its 128-byte swizzle: box after box, of a box panels of 64
+// columns, a row of a panel 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. A warp's keys lie in one
+// box.
+struct BoxTile {
+  int panel_bytes;
+
+  __device__ __forceinline__ int offset(int row, int chunk) const {
+    return chunk / 8 * panel_bytes + row * 128 + ((chunk ^ row) & 7) * 16;
   }
   // The offset that is `slices` slices of 16 columns to the right of `offset`, which lies in the first.
-  static __device__ __forceinline__ uint32_t right(uint32_t offset, int slices) {
-    return (offset ^ (32 * (slices % 4))) + slices / 4 * (64 * 128);
+  __device__ __forceinline__ uint32_t right(uint32_t offset, int slices) const {
+    return (offset ^ (32 * (slices % 4))) + slices / 4 * panel_bytes;
   }
 };
 
 // What a consumer warp has in registers.
 template <class Config>
-using Work = sm80::DecodeRows<typename Config::Element, Config::head_dim, Config::slices, PanelTile>;
+using Work = sm80::DecodeRows<typename Config::Element, Config::head_dim, Config::slices, BoxTile>;
 
 // --- instructions ----------------------------------------------------------------------------------------------------
 

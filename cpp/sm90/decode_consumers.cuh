@@ -10,7 +10,7 @@ namespace flashcore::sm90 {
 // being token first_token + r, and the rest, of values, is cleared.
 template <class Config>
 __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void const*> const& appended, bool clears,
-                                      char* rows, DecodePart const& part, int begin, int end, int first_token,
+                                      BoxTile const& tile, char* rows, DecodePart const& part, int begin, int end, int first_token,
                                       int lane) {
   using Element = typename Config::Element;
   constexpr int chunks = Config::head_dim / 8;
@@ -23,7 +23,7 @@ __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void con
           static_cast<Element const*>(appended.data) + part.sequence * appended.batch_stride +
           (first_token + row) * appended.row_stride + part.head * appended.head_stride + chunk * 8));
     }
-    *reinterpret_cast<uint4*>(rows + PanelTile::offset(row, chunk)) = x;
+    *reinterpret_cast<uint4*>(rows + tile.offset(row, chunk)) = x;
   }
 }
 
@@ -108,8 +108,10 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   // This lane's rows of the operands, as in the forward kernel.
   uint32_t const from_q = shared_q + Queries::offset(lane % 16, lane / 16);
   int const tile_key = warp * Config::warp_keys;  // of a tile, this warp's first
-  uint32_t const lane_k = tile_key * 128 + PanelTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  uint32_t const lane_v = tile_key * 128 + PanelTile::offset(lane % 16, lane / 16);
+  BoxTile const box{128 << a.log_box};
+  int const in_tile = (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
+  int const lane_k = in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  int const lane_v = in_tile + box.offset(lane % 16, lane / 16);
   work.start(from_q);
   StagePlace place;
   int const count = part.count;
@@ -121,7 +123,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     bool const here = p.page_table == nullptr || (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
     bool const patched = here && first + Config::warp_keys > part.cached;
     auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile) {
-      patch<Config>(p, appended, clears, tile + tile_key * 128, part,
+      patch<Config>(p, appended, clears, box, tile + in_tile, part,
                     clamp_to(part.cached - first, 0, Config::warp_keys),
                     clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
     };
@@ -132,7 +134,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
 
     float s[slices][2][4];
     uint32_t weights[slices][4];
-    work.scores(s, from_q, shared_address(stage_keys) + lane_k);
+    work.scores(s, from_q, box, shared_address(stage_keys) + lane_k);
     if (!p.plain_score) work.transform(s, p.score);
     if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
       work.hide(
@@ -147,7 +149,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
       cutlass::arch::fence_view_async_shared();  // before TMA writes there again
       __syncwarp();
     }
-    work.output(weights, shared_address(stage_keys) + Config::kv_bytes + lane_v);
+    work.output(weights, box, shared_address(stage_keys) + Config::kv_bytes + lane_v);
     __syncwarp();  // all lanes are done with the stage
     if (lane == 0) shared.empty()[place.stage].arrive();
     place.advance(shared.stages);

@@ -64,8 +64,7 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const paged = p.page_table != nullptr;
   int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
-  // One box brings all columns where they are whole panels, and a tile's keys lie in one page.
-  bool const whole = p.head_dim == 64 * Config::panels && box_rows == Config::tile_k;
+  bool const whole = p.head_dim == 64 * Config::panels;  // panels: one box brings all columns
   auto const cache = [&](Rows<void const*> const& rows) {
     return tensor_map(
         {rows.data,

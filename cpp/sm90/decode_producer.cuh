@@ -39,13 +39,13 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       int const at = block < 0 ? nowhere : block;
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
-        char* to = (i == 0 ? shared.keys(place.stage) : shared.values(place.stage)) + lane * box_rows * 128;
+        char* to = (i == 0 ? shared.keys(place.stage) : shared.values(place.stage)) + lane * (Config::kv_bytes >> log_boxes);
 #pragma unroll 1
-        for (int panel = 0; panel < a.box_panels; ++panel) {
+        for (int panel = 0; panel < a.column_boxes; ++panel) {
           cute::SM90_TMA_LOAD_5D::copy(i == 0 ? &a.k : &a.v,
                                        reinterpret_cast<uint64_t*>(i == 0 ? &full_keys : &full_values), read_once, to,
                                        panel * 64, row, 0, head, at);
-          to += Config::panel_bytes;
+          to += box_rows * 128;
         }
       }
     }
@@ -113,7 +113,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   if (lane == 0) {
     shared.part() = part;
     if (a.log_cluster > 0 && part.sequence >= 0) {  // what the cluster's warps will send
-      shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows * Config::warps *
+      shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows *
                                                   (Config::head_dim + (1 << a.log_cluster)));
     }
   }
