@@ -20,10 +20,10 @@ struct DecodeConfig {
   static constexpr HopperDecodeTile tile{head_dim_, slices_};
   static constexpr int head_dim = head_dim_;
   static constexpr int slices = slices_;  // of 16 rows
-  static constexpr int rows = 16 * slices, warps = HopperDecodeTile::warps, consumers = 32 * warps;
-  static constexpr int threads = consumers + 32;
-  static constexpr int tile_k = DecodeParts::tile_k, warp_keys = HopperDecodeTile::warp_keys;
-  static_assert(tile_k == warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
+  static constexpr int rows = tile.rows(), warps = tile.warps(), consumers = 32 * warps, threads = tile.threads();
+  static constexpr int tile_k = DecodeParts::tile_k;
+  static constexpr int key_warps = HopperDecodeTile::key_warps, warp_keys = HopperDecodeTile::warp_keys;
+  static_assert(tile_k == key_warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
 
   static constexpr int panels = tile.panels();
   static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
@@ -59,9 +59,9 @@ struct BoxTile {
   }
 };
 
-// What a consumer warp has in registers.
+// What a consumer warp has in registers: of a slice of 16 rows.
 template <class Config>
-using Work = sm80::DecodeRows<typename Config::Element, Config::head_dim, Config::slices, BoxTile>;
+using Work = sm80::DecodeRows<typename Config::Element, Config::head_dim, 1, BoxTile>;
 
 // --- instructions ----------------------------------------------------------------------------------------------------
 
@@ -150,9 +150,9 @@ struct DecodeMemory {
   int stages;
 
   __device__ __forceinline__ char* queries() const { return base; }
-  // (warps, rows), and as many sums behind them
+  // (key_warps, rows), and as many sums behind them
   __device__ __forceinline__ float* maxima() const { return reinterpret_cast<float*>(base + tile.q_bytes()); }
-  __device__ __forceinline__ float* sums() const { return maxima() + Config::warps * Config::rows; }
+  __device__ __forceinline__ float* sums() const { return maxima() + Config::key_warps * Config::rows; }
   __device__ __forceinline__ DecodeBarrier* full_keys() const {
     return reinterpret_cast<DecodeBarrier*>(base + tile.q_bytes() + tile.state_bytes());
   }
@@ -169,7 +169,7 @@ struct DecodeMemory {
     return base + tile.head_bytes() + stage * Config::stage_bytes;
   }
   __device__ __forceinline__ char* values(int stage) const { return keys(stage) + Config::kv_bytes; }
-  // (warps, rows, merge_stride), when the stages have been read
+  // (key_warps, rows, merge_stride), when the stages have been read
   __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(keys(0)); }
   // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows)
   __device__ __forceinline__ float* received() const {

@@ -27,6 +27,16 @@ __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void con
   }
 }
 
+// The warps that have the same keys, of all slices.
+template <class Config>
+__device__ __forceinline__ void same_keys_sync(int key_warp) {
+  if constexpr (Config::slices == 1) {
+    __syncwarp();
+  } else {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(3 + key_warp), "n"(32 * Config::slices) : "memory");
+  }
+}
+
 // Before the kernel ahead has ended: asks for the block's first tiles, as far as the lengths do not say which, and for
 // its queries, to be brought into the L2 cache, which all kernels share. What is read of the page table may be
 // about to change; then what is brought is of no use.
@@ -48,7 +58,8 @@ __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
   }
   if (p.window_left < unlimited) return;
   int const way = index << a.log_cluster | (blockIdx.x & ((1 << a.log_cluster) - 1));
-  static_assert(Config::consumers == 2 * Config::tile_k);
+  static_assert(Config::consumers >= 2 * Config::tile_k);
+  if (thread >= 2 * Config::tile_k) return;
   Rows<void const*> const& rows = thread < Config::tile_k ? p.k : p.v;
 #pragma unroll 1
   for (int i = 0; i < a.prefetched; ++i) {
@@ -71,8 +82,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
                                         Work<Config>& work, int warp, int lane) {
   using Element = typename Config::Element;
   using Queries = sm80::SharedTile<Config::head_dim>;
-  constexpr int head_dim = Config::head_dim, slices = Config::slices, rows = Config::rows, tile_k = Config::tile_k;
-  constexpr int chunks = head_dim / 8, consumers = Config::consumers;
+  constexpr int rows = Config::rows, chunks = Config::head_dim / 8, consumers = Config::consumers;
   sm80::DecodeParams const& p = a.p;
   DecodePart const& part = shared.part();
 
@@ -106,8 +116,9 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   consumers_sync(consumers);  // the queries are here
 
   // This lane's rows of the operands, as in the forward kernel.
-  uint32_t const from_q = shared_q + Queries::offset(lane % 16, lane / 16);
-  int const tile_key = warp * Config::warp_keys;  // of a tile, this warp's first
+  int const slice = warp / Config::key_warps, key_warp = warp % Config::key_warps;
+  uint32_t const from_q = shared_q + Queries::offset(slice * 16 + lane % 16, lane / 16);
+  int const tile_key = key_warp * Config::warp_keys;  // of a tile, this warp's first
   BoxTile const box{128 << a.log_box};
   int const in_tile = (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
   int const lane_k = in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
@@ -117,38 +128,35 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   int const count = part.count;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    int const tile = part.first + i * part.step, first = tile * tile_k + tile_key;
+    int const tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
     char* const stage_keys = shared.keys(place.stage);
     shared.full_keys()[place.stage].wait(place.phase);
     bool const here = p.page_table == nullptr || (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
     bool const patched = here && first + Config::warp_keys > part.cached;
     auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile) {
-      patch<Config>(p, appended, clears, box, tile + in_tile, part,
-                    clamp_to(part.cached - first, 0, Config::warp_keys),
-                    clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
+      if (slice == 0) {
+        patch<Config>(p, appended, clears, box, tile + in_tile, part,
+                      clamp_to(part.cached - first, 0, Config::warp_keys),
+                      clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
+        cutlass::arch::fence_view_async_shared();  // before TMA writes there again
+      }
+      same_keys_sync<Config>(key_warp);
     };
-    if (patched && p.new_tokens > 0) {
-      patch_with(p.new_k, false, stage_keys);
-      __syncwarp();
-    }
+    if (patched && p.new_tokens > 0) patch_with(p.new_k, false, stage_keys);
 
-    float s[slices][2][4];
-    uint32_t weights[slices][4];
+    float s[1][2][4];
+    uint32_t weights[1][4];
     work.scores(s, from_q, box, shared_address(stage_keys) + lane_k);
     if (!p.plain_score) work.transform(s, p.score);
     if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
       work.hide(
-          s, cache_mask(p, part.keys), first, part.first_row, [&](int row) { return a.group.quotient(row); }, here,
+          s, cache_mask(p, part.keys), first, part.first_row + slice * 16, [&](int row) { return a.group.quotient(row); }, here,
           lane);
     }
     work.softmax(s, weights, p.score.factor);
 
     shared.full_values()[place.stage].wait(place.phase);
-    if (patched) {
-      patch_with(p.new_v, true, shared.values(place.stage));
-      cutlass::arch::fence_view_async_shared();  // before TMA writes there again
-      __syncwarp();
-    }
+    if (patched) patch_with(p.new_v, true, shared.values(place.stage));
     work.output(weights, box, shared_address(stage_keys) + Config::kv_bytes + lane_v);
     __syncwarp();  // all lanes are done with the stage
     if (lane == 0) shared.empty()[place.stage].arrive();

@@ -43,7 +43,7 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
   if (acts) shared.received_all()->wait(0);
 #pragma unroll 1
   for (int i = threadIdx.x % Config::consumers; i < rows * columns / 4; i += Config::consumers) {
-    int const row = static_cast<int>(4u * static_cast<unsigned>(i) / static_cast<unsigned>(columns));
+    int const row = static_cast<int>((static_cast<unsigned>(i) << (2 + a.log_cluster)) / unsigned{Config::head_dim});
     int const column = i * 4 - row * columns;
     float lse[most];
     float4 x[most];
@@ -79,7 +79,7 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
 template <class Config>
 __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
                                        int warp, int lane, bool acts) {
-  constexpr int head_dim = Config::head_dim, slices = Config::slices, rows = Config::rows;
+  constexpr int head_dim = Config::head_dim, rows = Config::rows;
   constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
   DecodePart const& part = shared.part();
   float const factor = a.p.score.factor;
@@ -88,53 +88,46 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
   uint32_t const received_all = shared_address(shared.received_all());
 
   // The warps' results become one: each scales its own by its weight over the sum of all.
-  float* const maxima = shared.maxima() + warp * rows + lane / 4;
+  int const key_warp = warp % Config::key_warps, first_row = warp / Config::key_warps % Config::slices * 16;
 #pragma unroll
-  for (int m = 0; m < slices; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float const sum = sm80::sum_of_quad(work.state[m][half].sum);
-      if (acts && lane % 4 == 0) {
-        maxima[m * 16 + half * 8] = work.state[m][half].max;
-        maxima[m * 16 + half * 8 + Config::warps * rows] = sum;
-      }
-    }
+  for (int half = 0; half < 2; ++half) {
+    SoftmaxRow const& state = work.state[0][half];
+    float const sum = sm80::sum_of_quad(state.sum);
+    int const at = key_warp * rows + first_row + half * 8 + lane / 4;
+    if (acts && lane % 4 == 0) shared.maxima()[at] = state.max, shared.sums()[at] = sum;
   }
   if (a.log_cluster > 0) cluster_wait_acquire();  // all blocks run, and may be sent to
   if (acts) consumers_sync(consumers);            // the states are there, and nobody reads the stages any more
 #pragma unroll
-  for (int m = 0; m < slices; ++m) {
+  for (int half = 0; half < 2; ++half) {
+    int const row = first_row + half * 8 + lane / 4;
+    if (first_row + half * 8 >= part.valid_rows) continue;
+    SoftmaxRow all;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const row = m * 16 + half * 8 + lane / 4;
-      if (m * 16 + half * 8 >= part.valid_rows) continue;
-      SoftmaxRow all;
+    for (int w = 0; w < Config::key_warps; ++w) all.max = fmaxf(all.max, read(shared.maxima() + w * rows + row));
+    float const top = all.max == minus_infinity() ? 0.0f : all.max;
 #pragma unroll
-      for (int w = 0; w < Config::warps; ++w) all.max = fmaxf(all.max, read(shared.maxima() + w * rows + row));
-      float const top = all.max == minus_infinity() ? 0.0f : all.max;
+    for (int w = 0; w < Config::key_warps; ++w) {
+      all.sum += exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) *
+                 read(shared.sums() + w * rows + row);
+    }
+    float const weight = exp2_of((work.state[0][half].max - top) * factor) * all.inverse_sum();
+    float* const to = shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2;
 #pragma unroll
-      for (int w = 0; w < Config::warps; ++w) {
-        all.sum += exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) *
-                   read(shared.sums() + w * rows + row);
-      }
-      float const weight = exp2_of((work.state[m][half].max - top) * factor) * all.inverse_sum();
-      float* const to = shared.outputs() + (warp * rows + row) * merge_stride + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < head_dim / 8; ++n) {
-        float2 const pair{work.o[m][n][2 * half] * weight, work.o[m][n][2 * half + 1] * weight};
-        if (acts) *reinterpret_cast<float2*>(to + n * 8) = pair;
-      }
-      if (warp % Config::warps == 0 && row < part.valid_rows) {
-        float const lse = all.lse(factor);
-        if (a.log_cluster > 0) {
-          uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
+    for (int n = 0; n < head_dim / 8; ++n) {
+      float2 const pair{work.o[0][n][2 * half] * weight, work.o[0][n][2 * half + 1] * weight};
+      if (acts) *reinterpret_cast<float2*>(to + n * 8) = pair;
+    }
+    if (key_warp == 0 && row < part.valid_rows) {
+      float const lse = all.lse(factor);
+      if (a.log_cluster > 0) {
+        uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
 #pragma unroll 1
-          for (int block = lane % 4; block < blocks; block += 4) {
-            if (acts) send(in_block(at, block), __float_as_uint(lse), in_block(received_all, block));
-          }
-        } else if (acts && lane % 4 == 0) {
-          write_lse(a, part, row, lse);
+        for (int block = lane % 4; block < blocks; block += 4) {
+          if (acts) send(in_block(at, block), __float_as_uint(lse), in_block(received_all, block));
         }
+      } else if (acts && lane % 4 == 0) {
+        write_lse(a, part, row, lse);
       }
     }
   }
@@ -145,7 +138,7 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     int const row = i / row_pieces, column = i % row_pieces * 4;
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < Config::warps; ++w) {
+    for (int w = 0; w < Config::key_warps; ++w) {
       float4 const x =
           read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + column));
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;

@@ -27,11 +27,8 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     uint32_t const absent = __ballot_sync(0xffffffffu, lane < boxes && block < 0);
     DecodeBarrier &full_keys = shared.full_keys()[place.stage], &full_values = shared.full_values()[place.stage];
     if (lane == 0) {
-      // Which boxes are absent comes as the keys do.
-      full_keys.arrive_and_expect_tx(Config::kv_bytes + (p.page_table != nullptr ? 4 : 0));
-      if (p.page_table != nullptr) {
-        send(shared_address(shared.absent() + place.stage), absent, shared_address(&full_keys));
-      }
+      if (p.page_table != nullptr) shared.absent()[place.stage] = absent;
+      full_keys.arrive_and_expect_tx(Config::kv_bytes);
       full_values.arrive_and_expect_tx(Config::kv_bytes);
     }
     __syncwarp();
@@ -112,9 +109,8 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   part.full_end = range.full_end;
   if (lane == 0) {
     shared.part() = part;
-    if (a.log_cluster > 0 && part.sequence >= 0) {  // what the cluster's warps will send
-      shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows *
-                                                  (Config::head_dim + (1 << a.log_cluster)));
+    if (a.log_cluster > 0 && part.sequence >= 0) {  // what the cluster's blocks will send
+      shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows * (Config::head_dim + (1 << a.log_cluster)));
     }
   }
   __syncwarp();
