@@ -138,27 +138,39 @@ bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& devi
               static_cast<double>(s.heads_k * s.head_dim));
 }
 
-// How many blocks, as a cluster, share a part, and how many parts an item falls into where all are about as long.
+// How many blocks, as a cluster, share a part, and how many parts an item falls into: where all are about as long, or
+// batch_invariant at most.
 struct Division {
-  int cluster, even_parts;
+  int cluster, parts;
 };
 
+// As many blocks as read the cache at its full speed, a multiprocessor each, and leave room for the next call's. More
+// in clusters were slower, whose place on the GPU is not free.
+constexpr int most_blocks = 64, least_blocks = 48;
+
+// The largest cluster that gives `items` no more than so many blocks.
+int cluster_of(int64_t items) {
+  int cluster = HopperDecodeTile::most_cluster;
+  while (cluster > 1 && items * cluster > most_blocks) cluster /= 2;
+  return cluster;
+}
+
 // Where a single sequence's items are so few that as many clusters run at once, a cluster takes one, and nothing is
-// left to merge by another kernel. More than 64 blocks in clusters were slower, whose place on the GPU is not free.
-// H100, 8 key heads, us: 4,096 keys 9.6 (in 32 parts 13.6), 32,768 46.9 (48.9), 131,072 177 (178). With more than 8
-// rows of queries the blocks of a cluster send each other too much (16 rows, 32,768 keys: 56.0, in parts 53.3 or less),
-// and pages of 16 come too slowly for half the multiprocessors (67.2). Elsewhere all blocks that run at once have a
-// part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
+// left to merge by another kernel. H100, 8 key heads, us: 4,096 keys 9.6 (in 32 parts 13.6), 32,768 46.9 (48.9),
+// 131,072 177 (178). Elsewhere all blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in
+// 2 104.
+//
+// batch_invariant, all that counts is what a sequence is by itself, and then it is divided as if it were alone.
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
                      int blocks_a_unit) {
-  constexpr int most_rows = 8, most_blocks = 64, least_blocks = 48;
-  int64_t const page_size = problem.paged() ? problem.key_cache.shape[sequence_axis(problem.layout)] : 64;
-  if (problem.batch_invariant) return {1, 1};
-  if (problem.query.shape[0] == 1 && work.rows <= most_rows && page_size >= 64 && device.units >= 2 * most_blocks) {
-    for (int cluster : {8, 4}) {
-      int64_t const blocks = work.items * cluster;
-      if (blocks >= least_blocks && blocks <= most_blocks && cluster <= work.tiles_a_line) return {cluster, 1};
-    }
+  if (problem.batch_invariant) {
+    int const cluster = cluster_of(work.lines);
+    return {cluster, DecodeParts::most_invariant_parts(work.lines * cluster, work.tiles_a_line)};
+  }
+  if (problem.query.shape[0] == 1 && device.units >= 2 * most_blocks) {
+    int const cluster = cluster_of(work.items);
+    int64_t const blocks = work.items * cluster;
+    if (blocks >= least_blocks && blocks <= most_blocks && cluster <= work.tiles_a_line) return {cluster, 1};
   }
   int64_t parts = int64_t{device.units} * blocks_a_unit / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
@@ -183,22 +195,20 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   plan.tile_q = tile.rows();
   plan.tile_k = DecodeParts::tile_k;
   plan.packed_heads = static_cast<int>(work.group);
-  plan.threads = 32 * (HopperDecodeTile::warps + 1);
+  plan.threads = tile.threads();
   plan.plain_score = plain_score(options_of(problem));
   plan.shared_memory = tile.shared_memory(stages, cluster_rows);
   plan.tiles = work.items * work.tiles_a_line;
   plan.cluster = division.cluster;
-  plan.even_parts = division.even_parts;
-  int64_t parts = work.items * division.even_parts;
-  if (problem.batch_invariant) {
-    plan.splits = static_cast<int>(DecodeSchedule::parts_bound(work.lines, work.tiles_a_line));
-    parts = work.items * plan.splits;
-  } else if (s.batch > 1) {
+  int64_t parts = work.items * division.parts;
+  if (s.batch > 1 && !problem.batch_invariant) {
+    plan.even_parts = division.parts;
     int64_t const aimed = int64_t{parts_a_unit} * device.units;
     parts = std::min(plan.tiles, std::max(parts, work.items + aimed));
     plan.splits = static_cast<int>(std::min(work.tiles_a_line, parts - work.items + 1));
-  } else {  // one sequence is as long as itself
-    plan.splits = division.even_parts;
+  } else {
+    plan.even_parts = problem.batch_invariant ? 1 : division.parts;
+    plan.splits = division.parts;
   }
   plan.blocks = parts * division.cluster;
   if (plan.splits > 1) plan.workspace = parts * part_rows * (s.head_dim_v + 1) * 4;

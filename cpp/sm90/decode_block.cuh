@@ -78,18 +78,19 @@ __device__ __forceinline__ void wait_for_part() {
   asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
 }
 
-// Writes to the shared memory of a block of the cluster, this one or another; the barrier, in the same block, counts the bytes.
+// Writes to the shared memory of a block of the cluster, this one or another; the barrier, in the same block, counts
+// the bytes.
 __device__ __forceinline__ void send(uint32_t address, uint32_t x, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(x),
                "r"(barrier)
                : "memory");
 }
 __device__ __forceinline__ void send(uint32_t address, float4 x, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   address),
-               "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)),
-               "r"(__float_as_uint(x.w)), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)), "r"(__float_as_uint(x.w)),
+      "r"(barrier)
+      : "memory");
 }
 
 // --- the block's part ------------------------------------------------------------------------------------------------
@@ -176,9 +177,7 @@ struct DecodeMemory {
     constexpr int head_bytes = tile.head_bytes(), merge_bytes = tile.merge_bytes();
     return reinterpret_cast<float*>(base + head_bytes + max_of(stages * Config::stage_bytes, merge_bytes));
   }
-  __device__ __forceinline__ float* received_lse(int rows) const {
-    return received() + rows * Config::head_dim;
-  }
+  __device__ __forceinline__ float* received_lse(int rows) const { return received() + rows * Config::head_dim; }
 };
 
 // A place in the ring: stages are filled and emptied in turn, and the barriers' phase flips each time around.

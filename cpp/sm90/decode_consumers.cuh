@@ -10,8 +10,8 @@ namespace flashcore::sm90 {
 // being token first_token + r, and the rest, of values, is cleared.
 template <class Config>
 __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void const*> const& appended, bool clears,
-                                      BoxTile const& tile, char* rows, DecodePart const& part, int begin, int end, int first_token,
-                                      int lane) {
+                                      BoxTile const& tile, char* rows, DecodePart const& part, int begin, int end,
+                                      int first_token, int lane) {
   using Element = typename Config::Element;
   constexpr int chunks = Config::head_dim / 8;
 #pragma unroll 1
@@ -120,7 +120,8 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   uint32_t const from_q = shared_q + Queries::offset(slice * 16 + lane % 16, lane / 16);
   int const tile_key = key_warp * Config::warp_keys;  // of a tile, this warp's first
   BoxTile const box{128 << a.log_box};
-  int const in_tile = (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
+  int const in_tile =
+      (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
   int const lane_k = in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   int const lane_v = in_tile + box.offset(lane % 16, lane / 16);
   work.start(from_q);
@@ -150,8 +151,8 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     if (!p.plain_score) work.transform(s, p.score);
     if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
       work.hide(
-          s, cache_mask(p, part.keys), first, part.first_row + slice * 16, [&](int row) { return a.group.quotient(row); }, here,
-          lane);
+          s, cache_mask(p, part.keys), first, part.first_row + slice * 16,
+          [&](int row) { return a.group.quotient(row); }, here, lane);
     }
     work.softmax(s, weights, p.score.factor);
 

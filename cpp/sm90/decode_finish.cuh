@@ -32,8 +32,8 @@ __device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart c
   }
 }
 
-// This block's columns of the item's rows, when all blocks of the cluster have sent theirs: a thread has four columns of
-// a row, and takes the blocks' in their order.
+// This block's columns of the item's rows, when all blocks of the cluster have sent theirs: a thread has four columns
+// of a row, and takes the blocks' in their order.
 template <class Config>
 __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
                                               bool acts) {
@@ -108,8 +108,8 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     float const top = all.max == minus_infinity() ? 0.0f : all.max;
 #pragma unroll
     for (int w = 0; w < Config::key_warps; ++w) {
-      all.sum += exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) *
-                 read(shared.sums() + w * rows + row);
+      all.sum +=
+          exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) * read(shared.sums() + w * rows + row);
     }
     float const weight = exp2_of((work.state[0][half].max - top) * factor) * all.inverse_sum();
     float* const to = shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2;

@@ -85,7 +85,9 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
                                   paged ? log2_of_power(p.page_size) : 0,
                                   whole ? 1 : Config::panels,
                                   p.even > 0 ? Divisor::of(p.even) : Divisor{0},
-                                  log2_of_power(plan.cluster), 0, 0};
+                                  log2_of_power(plan.cluster),
+                                  0,
+                                  0};
 
   auto const kernel = decode_kernel<Config>;
   static OncePerDevice once;

@@ -36,7 +36,8 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       int const at = block < 0 ? nowhere : block;
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
-        char* to = (i == 0 ? shared.keys(place.stage) : shared.values(place.stage)) + lane * (Config::kv_bytes >> log_boxes);
+        char* to =
+            (i == 0 ? shared.keys(place.stage) : shared.values(place.stage)) + lane * (Config::kv_bytes >> log_boxes);
 #pragma unroll 1
         for (int panel = 0; panel < a.column_boxes; ++panel) {
           cute::SM90_TMA_LOAD_5D::copy(i == 0 ? &a.k : &a.v,
@@ -50,8 +51,8 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     place.advance(shared.stages);
   };
 
-  // What the page table says of 32 boxes of the part, one a lane, where they begin before key `end`. Nothing looks at it
-  // before it is needed, or the warp would wait for it.
+  // What the page table says of 32 boxes of the part, one a lane, where they begin before key `end`. Nothing looks at
+  // it before it is needed, or the warp would wait for it.
   auto const pages_from = [&](DecodePart const& part, int box, int end) {
     box += lane;
     int const i = box >> log_boxes;

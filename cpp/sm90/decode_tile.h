@@ -19,7 +19,7 @@ struct HopperDecodeTile {
   FLASHCORE_HD constexpr int warps() const { return key_warps * slices; }
   FLASHCORE_HD constexpr int threads() const { return 32 * warps() + 32; }  // the producer's warp is the last
   // Two blocks share a multiprocessor's registers where the accumulators are few.
-  FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim <= 128 && slices == 1 ? 2 : 1; }
+  FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim * slices <= 128 ? 2 : 1; }
   // Keys or values of a tile, in panels of 64 columns.
   FLASHCORE_HD constexpr int panels() const { return ceil_div(head_dim, 64); }
   FLASHCORE_HD constexpr int kv_bytes() const { return panels() * 64 * 128; }
