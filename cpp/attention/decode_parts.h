@@ -51,14 +51,6 @@ struct DecodeParts {
   int32_t most_parts;  // of an item, batch_invariant: then its own length alone decides; else 0
   Divisor most;        // the same
 
-  // The most parts of an item, batch_invariant, where `blocks` take a part of each item of a sequence and none has more
-  // than `tiles` tiles of keys: a sequence by itself keeps 64 blocks busy.
-  static FLASHCORE_HD int most_invariant_parts(int64_t blocks, int64_t tiles) {
-    int64_t const most = blocks < 64 ? 64 / blocks : 1,
-                  whole = (tiles + DecodeSchedule::part_tiles - 1) / DecodeSchedule::part_tiles;
-    return static_cast<int>(whole < 1 ? 1 : whole < most ? whole : most);
-  }
-
   // The tiles of keys that some query of a sequence with `keys` keys sees.
   FLASHCORE_HD KeyRange range(const KvCacheParams& p, int keys) const {
     return cache_mask(p, keys).key_range(0, p.seqlen_q, tile_k);

@@ -144,31 +144,35 @@ struct Division {
   int cluster, parts;
 };
 
-// As many blocks as read the cache at its full speed, a multiprocessor each, and leave room for the next call's. More
-// in clusters were slower, whose place on the GPU is not free.
+// As many blocks as read the cache at its full speed, with a multiprocessor each and room for the next call's beside
+// them. More in clusters were slower, whose place on the GPU is not free.
 constexpr int most_blocks = 64, least_blocks = 48;
 
-// The largest cluster that gives `items` no more than so many blocks.
-int cluster_of(int64_t items) {
+// The largest cluster that gives `items` no more than `most` blocks.
+int cluster_of(int64_t items, int most) {
   int cluster = HopperDecodeTile::most_cluster;
-  while (cluster > 1 && items * cluster > most_blocks) cluster /= 2;
+  while (cluster > 1 && items * cluster > most) cluster /= 2;
   return cluster;
+}
+
+// batch_invariant, a sequence is divided as if it were alone, by its own length: into more than one part where the
+// blocks of its clusters are too few. Several tiles of rows read the same keys: then products are what takes time.
+Division invariant_division(const Work& work, bool one_row_tile) {
+  int const most = one_row_tile ? most_blocks : 2 * most_blocks, cluster = cluster_of(work.lines, most);
+  int64_t const whole_parts = (work.tiles_a_line + DecodeSchedule::part_tiles - 1) / DecodeSchedule::part_tiles;
+  return {cluster, static_cast<int>(std::clamp<int64_t>(most / (work.lines * cluster), 1, whole_parts))};
 }
 
 // Where a single sequence's items are so few that as many clusters run at once, a cluster takes one, and nothing is
 // left to merge by another kernel. H100, 8 key heads, us: 4,096 keys 9.6 (in 32 parts 13.6), 32,768 46.9 (48.9),
 // 131,072 177 (178). Elsewhere all blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in
 // 2 104.
-//
-// batch_invariant, all that counts is what a sequence is by itself, and then it is divided as if it were alone.
-Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
+Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work, int tile_rows,
                      int blocks_a_unit) {
-  if (problem.batch_invariant) {
-    int const cluster = cluster_of(work.lines);
-    return {cluster, DecodeParts::most_invariant_parts(work.lines * cluster, work.tiles_a_line)};
-  }
-  if (problem.query.shape[0] == 1 && device.units >= 2 * most_blocks) {
-    int const cluster = cluster_of(work.items);
+  bool const one_row_tile = work.rows <= tile_rows;
+  if (problem.batch_invariant) return invariant_division(work, one_row_tile);
+  if (problem.query.shape[0] == 1 && one_row_tile && device.units >= 2 * most_blocks) {
+    int const cluster = cluster_of(work.items, most_blocks);
     int64_t const blocks = work.items * cluster;
     if (blocks >= least_blocks && blocks <= most_blocks && cluster <= work.tiles_a_line) return {cluster, 1};
   }
@@ -182,7 +186,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
   int const blocks_a_unit = tile.blocks_a_unit();
-  Division const division = division_of(problem, device, work, blocks_a_unit);
+  Division const division = division_of(problem, device, work, tile.rows(), blocks_a_unit);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
   int const cluster_rows = division.cluster > 1 ? part_rows : 0;
   int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;

@@ -78,18 +78,42 @@ __device__ __forceinline__ void wait_for_part() {
   asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
 }
 
-// Writes to the shared memory of a block of the cluster, this one or another; the barrier, in the same block, counts
-// the bytes.
-__device__ __forceinline__ void send(uint32_t address, uint32_t x, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(x),
-               "r"(barrier)
+// Stores that happen if `acts`. The address is found in any case (finish() says why), so the condition is the
+// instruction's own.
+__device__ __forceinline__ void store(bool acts, float* to, float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.global.f32 [%0], %1;\n}" ::"l"(to), "f"(x),
+               "r"(int{acts})
                : "memory");
 }
-__device__ __forceinline__ void send(uint32_t address, float4 x, uint32_t barrier) {
+__device__ __forceinline__ void store(bool acts, void* to, uint32_t x, uint32_t y) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to), "r"(x),
+               "r"(y), "r"(int{acts})
+               : "memory");
+}
+__device__ __forceinline__ void store(bool acts, float* to, float4 x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(int{acts})
+               : "memory");
+}
+__device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x, float y) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p st.shared.v2.f32 [%0], {%1, %2};\n}" ::"r"(to), "f"(x),
+               "f"(y), "r"(int{acts})
+               : "memory");
+}
+// To the shared memory of a block of the cluster, whose barrier counts the bytes.
+__device__ __forceinline__ void send(bool acts, uint32_t to, float x, uint32_t barrier) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
+      "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];\n}" ::"r"(to),
+      "r"(__float_as_uint(x)), "r"(barrier), "r"(int{acts})
+      : "memory");
+}
+__device__ __forceinline__ void send(bool acts, uint32_t to, float4 x, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+      "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n}" ::"r"(to),
       "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)), "r"(__float_as_uint(x.w)),
-      "r"(barrier)
+      "r"(barrier), "r"(int{acts})
       : "memory");
 }
 

@@ -90,9 +90,9 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   bool const known = a.even.divisor > 0;
   DecodePart place_of_q;
   int index;
-  if (known) {
-    place_of_q = even_part<Config>(a, index);
-  } else {
+  if (known) place_of_q = even_part<Config>(a, index);
+  sm80::wait_for_primary();
+  if (!known) {
     wait_for_part<Config>();
     place_of_q = part;
     if (part.sequence < 0) {

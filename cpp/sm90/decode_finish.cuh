@@ -11,24 +11,25 @@ namespace flashcore::sm90 {
 
 // A part's result, for a row of it: the output's, or what the kernel behind this one merges.
 template <class Config>
-__device__ __forceinline__ void write(DecodeArguments const& a, DecodePart const& part, int row, int column, float4 x) {
+__device__ __forceinline__ void write(DecodeArguments const& a, DecodePart const& part, int row, int column, float4 x,
+                                      bool acts) {
   sm80::DecodeParams const& p = a.p;
   if (part.slot >= 0) {
-    *reinterpret_cast<float4*>(p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + column) = x;
+    store(acts, p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + column, x);
   } else {
     using P = sm80::Precision<typename Config::Element>;
-    auto* const out = static_cast<typename Config::Element*>(p.o.data) +
-                      row_offset(p.o, part.sequence, row_place(a, part, row)) + column;
-    *reinterpret_cast<uint2*>(out) = {P::pack(x.x, x.y), P::pack(x.z, x.w)};
+    int64_t const at = row_offset(p.o, part.sequence, row_place(a, part, row)) + column;
+    store(acts, static_cast<typename Config::Element*>(p.o.data) + at, P::pack(x.x, x.y), P::pack(x.z, x.w));
   }
 }
-__device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart const& part, int row, float lse) {
+__device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart const& part, int row, float lse,
+                                          bool acts) {
   sm80::DecodeParams const& p = a.p;
   if (part.slot >= 0) {
-    p.part_lse[int64_t{part.slot} * p.part_rows + row] = lse;
+    store(acts, p.part_lse + int64_t{part.slot} * p.part_rows + row, lse);
   } else if (p.lse != nullptr) {
     RowPlace const at = row_place(a, part, row);
-    p.lse[(int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token] = lse;
+    store(acts, p.lse + (int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token, lse);
   }
 }
 
@@ -67,8 +68,8 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
     }
     float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
     sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
-    if (acts && rank * columns + column < a.p.head_dim) write<Config>(a, part, row, rank * columns + column, sum);
-    if (acts && rank == 0 && column == 0) write_lse(a, part, row, merged_lse(top, total));
+    if (rank * columns + column < a.p.head_dim) write<Config>(a, part, row, rank * columns + column, sum, acts);
+    if (rank == 0 && column == 0) write_lse(a, part, row, merged_lse(top, total), acts);
   }
 }
 
@@ -112,11 +113,10 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
           exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) * read(shared.sums() + w * rows + row);
     }
     float const weight = exp2_of((work.state[0][half].max - top) * factor) * all.inverse_sum();
-    float* const to = shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2;
+    uint32_t const to = shared_address(shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2);
 #pragma unroll
     for (int n = 0; n < head_dim / 8; ++n) {
-      float2 const pair{work.o[0][n][2 * half] * weight, work.o[0][n][2 * half + 1] * weight};
-      if (acts) *reinterpret_cast<float2*>(to + n * 8) = pair;
+      store_shared(acts, to + n * 32, work.o[0][n][2 * half] * weight, work.o[0][n][2 * half + 1] * weight);
     }
     if (key_warp == 0 && row < part.valid_rows) {
       float const lse = all.lse(factor);
@@ -124,10 +124,10 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
         uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
 #pragma unroll 1
         for (int block = lane % 4; block < blocks; block += 4) {
-          if (acts) send(in_block(at, block), __float_as_uint(lse), in_block(received_all, block));
+          send(acts, in_block(at, block), lse, in_block(received_all, block));
         }
-      } else if (acts && lane % 4 == 0) {
-        write_lse(a, part, row, lse);
+      } else if (lane % 4 == 0) {
+        write_lse(a, part, row, lse, acts);
       }
     }
   }
@@ -146,9 +146,9 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     if (a.log_cluster > 0) {
       int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
       float* const to = shared.received() + (rank * part.valid_rows + row) * columns + column - owner * columns;
-      if (acts) send(in_block(shared_address(to), owner), sum, in_block(received_all, owner));
-    } else if (acts && column < a.p.head_dim) {
-      write<Config>(a, part, row, column, sum);
+      send(acts, in_block(shared_address(to), owner), sum, in_block(received_all, owner));
+    } else if (column < a.p.head_dim) {
+      write<Config>(a, part, row, column, sum, acts);
     }
   }
   if (a.log_cluster > 0) merge_cluster<Config>(a, shared, rank, acts);

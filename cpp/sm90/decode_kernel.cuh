@@ -41,14 +41,11 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   }
   if (a.log_cluster > 0) cluster_arrive_relaxed();
   if (a.prefetched > 0 && warp < Config::warps) prefetch<Config>(a);
-  sm80::wait_for_primary();
-  if (!a.late) sm80::let_dependents_launch();
 
   Work<Config> work;
   if (warp == Config::warps) {
     work.clear();
     produce<Config>(a, shared, lane);
-    if (a.late) sm80::let_dependents_launch();
   } else {
     consume<Config>(a, shared, work, warp, lane);
   }
