@@ -40,8 +40,8 @@ struct DecodeArguments {
   int column_boxes;          // that bring a key's columns
   Divisor even;              // parts of each item; 0: `parts` says how many, by the lengths
   int log_cluster;           // of the blocks that share a part and merge it
-  int prefetched;            // tiles
-  int late;
+  int prefetched;            // tiles of a block that come to the L2 cache while the kernel ahead still runs
+  bool late;                 // the kernel behind starts when all tiles have been asked for; else at once
 };
 
 // Keys or values in shared memory as TMA writes them with its 128-byte swizzle: box after box, of a box panels of 64
