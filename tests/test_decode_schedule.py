@@ -275,6 +275,13 @@ def test_plan_keeps_memory_busy(device):
         assert 2 * (p.shared_memory - p.tile_q * p.head_dim * 2) >= 64 << 10
 
 
+def test_plan_of_sequences_that_may_differ(device):
+    """Four parts beyond one an item for each block that the GPU has room for, of whatever kind of tile."""
+    for tokens, head_dim, blocks in ((1, 128, 264), (8, 128, 132), (8, 64, 264), (1, 256, 132)):
+        p = decode_plan("h100", 8, tokens, head_dim=head_dim, keys=8192)
+        assert p.blocks == 8 * 8 + 4 * blocks and clusters(p) == 1 and p.workspace > 0, (tokens, head_dim)
+
+
 def test_plan_without_parts(device):
     """One tile a sequence needs no workspace; nothing to compute is sm80's."""
     assert decode_plan("h100", 1, 1, 8, 8, 64, keys=64).workspace == 0

@@ -118,9 +118,11 @@ Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
 
 // --- Hopper ----------------------------------------------------------------------------------------------------------
 
-// Parts that are aimed at, beyond one an item, for a multiprocessor, where lengths differ. 64 sequences of 128 to
-// 29,376 keys on an H100: 2: 410 us, 4: 391, 8: 387, 16: 387.
-constexpr int parts_a_unit = 8;
+// Parts that are aimed at, beyond one an item, for each block that a multiprocessor has room for, where lengths differ.
+// 64 sequences of 128 to 29,376 keys on an H100, two blocks: 1: 410 us, 2: 391, 4: 387, 8: 387. Blocks that find no
+// part cost little where there are two, more where there is one (8 sequences of 8,192 keys, 32 rows: 4: 95.4 us, 8:
+// 103).
+constexpr int parts_a_block = 4;
 
 // Blocks of a multiprocessor share its memory with the merge's.
 constexpr int merge_shared_memory = 4096;
@@ -164,9 +166,9 @@ Division invariant_division(const Work& work, bool one_row_tile) {
 }
 
 // Where a single sequence's items are so few that as many clusters run at once, a cluster takes one, and nothing is
-// left to merge by another kernel. H100, 8 key heads, us: 4,096 keys 9.6 (in 32 parts 13.6), 32,768 46.9 (48.9),
-// 131,072 177 (178). Elsewhere all blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in
-// 2 104.
+// left to merge by another kernel. H100, 8 key heads, us: 4,096 keys 9.3 (in 32 parts 13.6), 32,768 46.8 (48.9), with
+// 16 rows 47.6 (60), 131,072 keys 177 (178). Elsewhere all blocks that run at once have a part: 8 sequences of 8,192
+// keys in 4 parts 93 us, in 2 104.
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work, int tile_rows,
                      int blocks_a_unit) {
   bool const one_row_tile = work.rows <= tile_rows;
@@ -207,7 +209,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   int64_t parts = work.items * division.parts;
   if (s.batch > 1 && !problem.batch_invariant) {
     plan.even_parts = division.parts;
-    int64_t const aimed = int64_t{parts_a_unit} * device.units;
+    int64_t const aimed = int64_t{parts_a_block} * blocks_a_unit * device.units;
     parts = std::min(plan.tiles, std::max(parts, work.items + aimed));
     plan.splits = static_cast<int>(std::min(work.tiles_a_line, parts - work.items + 1));
   } else {

@@ -58,11 +58,10 @@ struct DecodeRows {
     }
   }
 
-  // S = Q Kᵀ; `from_k` is this lane's place in the warp's keys. Two sums side by side (`chains`), where registers
-  // allow, halve the chain of products that wait for each other.
-  static constexpr int most_chains = slices == 1 && head_dim <= 128 ? 2 : 1;
-  template <int chains = most_chains>
+  // S = Q Kᵀ; `from_k` is this lane's place in the warp's keys. Where registers allow, two sums side by side halve the
+  // chain of products that wait for each other.
   __device__ __forceinline__ void scores(float (&s)[slices][2][4], uint32_t from_q, Tile const& tile, uint32_t from_k) {
+    constexpr int chains = slices == 1 && head_dim <= 128 ? 2 : 1;
     float sums[chains][slices][2][4] = {};
 #pragma unroll
     for (int d = 0; d < head_dim / 16; ++d) {

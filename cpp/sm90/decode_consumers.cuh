@@ -115,69 +115,49 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   int const lane_k = in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   int const lane_v = in_tile + box.offset(lane % 16, lane / 16);
   work.start(from_q);
-
+  StagePlace place;
   int const count = part.count;
-  auto const tile_of = [&](int i) { return part.first + i * part.step; };
-  // Are there rows among a tile's that TMA has not brought, or behind the end?
-  auto const has_edge = [&](int tile) { return (tile + 1) * Config::tile_k > part.cached; };
-  auto const page_exists = [&](StagePlace const& place) {
-    return p.page_table == nullptr || (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
-  };
-  auto const mend = [&](int tile, bool here, Rows<void const*> const& appended, bool clears, char* rows) {
-    if (!has_edge(tile)) return;
-    int const first = tile * Config::tile_k + tile_key;
-    if (slice == 0 && here && first + Config::warp_keys > part.cached) {
-      patch<Config>(p, appended, clears, box, rows + in_tile, part, clamp_to(part.cached - first, 0, Config::warp_keys),
-                    clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
-      cutlass::arch::fence_view_async_shared();  // before TMA writes there again
-    }
-    Config::slices == 1 ? __syncwarp() : consumers_sync(consumers);
-  };
-
-  // A tile's scores are begun as soon as its keys are there, before the softmax of the tile ahead: the products run
-  // meanwhile. Not where rows are to be mended, so that all warps come to the barriers there in one order.
-  StagePlace place, next;  // of tile i, and of the one behind it
-  bool here = true;
-  float s[1][2][4];
 #pragma unroll 1
-  for (int i = -1; i < count; ++i) {
-    bool early = false, next_here = true;
-    float next_s[1][2][4] = {};
-    if (i >= 0) {
-      early = i + 1 < count && !has_edge(tile_of(i + 1)) &&
-              __all_sync(0xffffffffu, shared.full_keys()[next.stage].test_wait(next.phase));
-      if (early) {
-        next_here = page_exists(next);
-        work.template scores<1>(next_s, from_q, box, shared_address(shared.keys(next.stage)) + lane_k);
+  for (int i = 0; i < count; ++i) {
+    int const tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
+    char* const stage_keys = shared.keys(place.stage);
+    shared.full_keys()[place.stage].wait(place.phase);
+    bool const here = p.page_table == nullptr || (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
+    bool const patched = here && first + Config::warp_keys > part.cached;
+    // One slice's warps do it for all, which then come together wherever a tile has such rows for any warp.
+    auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile_rows) {
+      if (patched && slice == 0) {
+        patch<Config>(p, appended, clears, box, tile_rows + in_tile, part,
+                      clamp_to(part.cached - first, 0, Config::warp_keys),
+                      clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
+        cutlass::arch::fence_view_async_shared();  // before TMA writes there again
       }
-
-      int const tile = tile_of(i);
-      if (!p.plain_score) work.transform(s, p.score);
-      if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
-        work.hide(
-            s, cache_mask(p, part.keys), tile * Config::tile_k + tile_key, part.first_row + slice * 16,
-            [&](int row) { return a.group.quotient(row); }, here, lane);
+      if constexpr (Config::slices == 1) {
+        __syncwarp();
+      } else {
+        consumers_sync(consumers);
       }
-      uint32_t weights[1][4];
-      work.softmax(s, weights, p.score.factor);
+    };
+    bool const has_edge = Config::slices == 1 ? patched : (tile + 1) * Config::tile_k > part.cached;
+    if (has_edge && p.new_tokens > 0) patch_with(p.new_k, false, stage_keys);
 
-      shared.full_values()[place.stage].wait(place.phase);
-      mend(tile, here, p.new_v, true, shared.values(place.stage));
-      work.output(weights, box, shared_address(shared.values(place.stage)) + lane_v);
-      __syncwarp();  // all lanes are done with the stage
-      if (lane == 0) shared.empty()[place.stage].arrive();
+    float s[1][2][4];
+    uint32_t weights[1][4];
+    work.scores(s, from_q, box, shared_address(stage_keys) + lane_k);
+    if (!p.plain_score) work.transform(s, p.score);
+    if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
+      work.hide(
+          s, cache_mask(p, part.keys), first, part.first_row + slice * 16,
+          [&](int row) { return a.group.quotient(row); }, here, lane);
     }
-    if (!early && i + 1 < count) {
-      shared.full_keys()[next.stage].wait(next.phase);
-      next_here = page_exists(next);
-      if (p.new_tokens > 0) mend(tile_of(i + 1), next_here, p.new_k, false, shared.keys(next.stage));
-      work.template scores<1>(next_s, from_q, box, shared_address(shared.keys(next.stage)) + lane_k);
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) s[0][j / 4][j % 4] = next_s[0][j / 4][j % 4];
-    here = next_here;
-    place = next;
-    next.advance(shared.stages);
+    work.softmax(s, weights, p.score.factor);
+
+    shared.full_values()[place.stage].wait(place.phase);
+    if (has_edge) patch_with(p.new_v, true, shared.values(place.stage));
+    work.output(weights, box, shared_address(stage_keys) + Config::kv_bytes + lane_v);
+    __syncwarp();  // all lanes are done with the stage
+    if (lane == 0) shared.empty()[place.stage].arrive();
+    place.advance(shared.stages);
   }
   if (count <= 0 && part.ahead) {  // a tile was asked for in vain: it is to arrive before its place is used
     shared.full_keys()[0].wait(0);
