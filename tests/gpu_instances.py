@@ -143,7 +143,7 @@ def varlen(backend: str) -> None:
 
 
 # Tokens, heads_q, heads_k: one slice of rows, two, and several tiles of them; on Hopper parts and clusters.
-DECODED = ((1, 4, 2), (3, 16, 2), (5, 22, 2), (1, 16, 8))
+DECODED = ((1, 4, 2), (3, 16, 2), (5, 22, 2), (1, 16, 8), (8, 32, 8))
 
 
 def decode(machines) -> set[str]:

@@ -4,7 +4,9 @@ own arithmetic, on the host."""
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 
 import pytest
 
@@ -226,9 +228,10 @@ def test_plan_on_hopper(device, gpu, head_dim, rows):
     tokens, group = rows
     for batch, page_size in ((1, 0), (1, 16), (40, 0), (40, 256)):
         p = decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size)
-        assert p.backend == "sm90" and p.threads == 160 and p.tile_k == TILE and p.packed_heads == group
+        assert p.backend == "sm90" and p.tile_k == TILE and p.packed_heads == group
         assert p.head_dim == next(d for d in (64, 128, 192, 256) if d >= head_dim)
         assert p.tile_q == (32 if tokens * group > 16 and head_dim <= 128 else 16)
+        assert p.threads == 32 * (p.tile_q // 4 + 1)  # four warps for 16 rows, and the producer's
         assert p.shared_memory <= BLOCK_BYTES[gpu]
         row_tiles = -(-tokens * group // p.tile_q)
         items = batch * 2 * row_tiles
@@ -244,16 +247,22 @@ def test_plan_on_hopper(device, gpu, head_dim, rows):
         assert decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size, backend="sm90") == p
 
 
+def clusters(plan) -> int:
+    """Blocks that share a part."""
+    return 1 if "a block each" in plan.reason else int(re.search(r"a cluster of (\d) blocks each", plan.reason)[1])
+
+
 def test_plan_of_clusters(device):
-    """One sequence with few rows and about eight key heads: clusters that merge by themselves."""
-    for heads_k, cluster in ((8, 8), (6, 8), (16, 4), (12, 4)):
-        for page_size in (0, 64):
-            p = decode_plan("h100", 1, 1, 2 * heads_k, heads_k, page_size=page_size)
+    """One sequence, its rows in one tile: about 64 blocks in clusters that merge by themselves."""
+    for heads_k, cluster in ((8, 8), (6, 8), (16, 4), (12, 4), (32, 2), (64, 1)):
+        for tokens, page_size in itertools.product((1, 4, 8, 16), (0, 16, 64)):
+            p = decode_plan("h100", 1, tokens, 2 * heads_k, heads_k, page_size=page_size)
             assert p.blocks == heads_k * cluster and p.splits == 1 and p.workspace == 0
-            assert f"a cluster of {cluster} blocks each" in p.reason
-    for options in ({"tokens": 4}, {"page_size": 16}, {"batch": 2}, {"batch_invariant": True}, {"keys": 256}):
+            assert clusters(p) == cluster and p.shared_memory <= BLOCK_BYTES["h100"]
+    assert decode_plan("h100", heads_q=40, heads_k=5).workspace > 0  # 40 blocks are too few
+    for options in ({"tokens": 9}, {"batch": 2}, {"keys": 256}):
         p = decode_plan("h100", **options)
-        assert p.kernel == "sm90_decode" and p.workspace > 0 and "a block each" in p.reason, options
+        assert p.kernel == "sm90_decode" and p.workspace > 0 and clusters(p) == 1, options
 
 
 def test_plan_keeps_memory_busy(device):
@@ -264,6 +273,13 @@ def test_plan_keeps_memory_busy(device):
         p = decode_plan("h100", 8, head_dim=head_dim, keys=8192, backend="sm80")
         assert p.blocks == 2 * 132
         assert 2 * (p.shared_memory - p.tile_q * p.head_dim * 2) >= 64 << 10
+
+
+def test_plan_of_sequences_that_may_differ(device):
+    """Four parts beyond one an item for each block that the GPU has room for, of whatever kind of tile."""
+    for tokens, head_dim, blocks in ((1, 128, 264), (8, 128, 132), (8, 64, 264), (1, 256, 132)):
+        p = decode_plan("h100", 8, tokens, head_dim=head_dim, keys=8192)
+        assert p.blocks == 8 * 8 + 4 * blocks and clusters(p) == 1 and p.workspace > 0, (tokens, head_dim)
 
 
 def test_plan_without_parts(device):
@@ -277,17 +293,33 @@ def test_plan_without_parts(device):
     assert decode_plan("h100", 1, 0, keys=128).blocks == 0
 
 
-def test_plan_batch_invariant(device):
-    """The most parts of a sequence do not depend on the batch, nor on what the cache could hold."""
-    for keys in (256, 4096, 131072):
-        plans = [decode_plan("h100", batch, keys=keys, batch_invariant=True) for batch in (1, 3, 64)]
+@pytest.mark.parametrize("gpu", ["a100", "h100"])
+def test_plan_batch_invariant(device, gpu):
+    """The most parts of a sequence do not depend on the batch, nor on what the cache could hold beyond them."""
+    for heads_k, keys in itertools.product((1, 2, 8), (256, 4096, 131072)):
+        plans = [
+            decode_plan(gpu, batch, heads_q=4 * heads_k, heads_k=heads_k, keys=keys, batch_invariant=True)
+            for batch in (1, 3, 64)
+        ]
         assert len({p.splits for p in plans}) == 1
         assert [
             p.workspace // plans[0].workspace if p.workspace else batch
             for p, batch in zip(plans, (1, 3, 64), strict=True)
         ] == [1, 3, 64]
-        assert plans[0].splits == min(keys // 256, 16)
+        most = {1: 64, 2: 64, 8: 16} if gpu == "a100" else {1: 8, 2: 4, 8: 1}
+        assert plans[0].splits == min(keys // 256, most[heads_k])
         assert "length alone" in plans[0].reason
+        if gpu == "h100":
+            assert [p.blocks for p in plans] == [8 * n * heads_k * plans[0].splits for n in (1, 3, 64)]
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_batch_invariant_clusters_depend_on_the_sequence_alone(device, batch):
+    """On Hopper: on its key heads and tiles of rows, neither on the batch nor on the room."""
+    for keys in (64, 8192):
+        for heads_k, tokens, cluster in ((8, 1, 8), (8, 8, 8), (8, 16, 8), (16, 1, 4), (40, 1, 1), (4, 32, 8)):
+            p = decode_plan("h100", batch, tokens, 4 * heads_k, heads_k, keys=keys, batch_invariant=True)
+            assert clusters(p) == cluster, (keys, heads_k, tokens)
 
 
 def test_plan_on_the_cpu(device):

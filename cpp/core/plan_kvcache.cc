@@ -118,9 +118,11 @@ Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
 
 // --- Hopper ----------------------------------------------------------------------------------------------------------
 
-// Parts that are aimed at, beyond one an item, for a multiprocessor, where lengths differ. 64 sequences of 128 to
-// 29,376 keys on an H100: 2: 410 us, 4: 391, 8: 387, 16: 387.
-constexpr int parts_a_unit = 8;
+// Parts that are aimed at, beyond one an item, for each block that a multiprocessor has room for, where lengths differ.
+// 64 sequences of 128 to 29,376 keys on an H100, two blocks: 1: 410 us, 2: 391, 4: 387, 8: 387. Blocks that find no
+// part cost little where there are two, more where there is one (8 sequences of 8,192 keys, 32 rows: 4: 95.4 us, 8:
+// 103).
+constexpr int parts_a_block = 4;
 
 // Blocks of a multiprocessor share its memory with the merge's.
 constexpr int merge_shared_memory = 4096;
@@ -138,27 +140,43 @@ bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& devi
               static_cast<double>(s.heads_k * s.head_dim));
 }
 
-// How many blocks, as a cluster, share a part, and how many parts an item falls into where all are about as long.
+// How many blocks, as a cluster, share a part, and how many parts an item falls into: where all are about as long, or
+// batch_invariant at most.
 struct Division {
-  int cluster, even_parts;
+  int cluster, parts;
 };
 
+// As many blocks as read the cache at its full speed, with a multiprocessor each and room for the next call's beside
+// them. More in clusters were slower, whose place on the GPU is not free.
+constexpr int most_blocks = 64, least_blocks = 48;
+
+// The largest cluster that gives `items` no more than `most` blocks.
+int cluster_of(int64_t items, int most) {
+  int cluster = HopperDecodeTile::most_cluster;
+  while (cluster > 1 && items * cluster > most) cluster /= 2;
+  return cluster;
+}
+
+// batch_invariant, a sequence is divided as if it were alone, by its own length: into more than one part where the
+// blocks of its clusters are too few. Several tiles of rows read the same keys: then products are what takes time.
+Division invariant_division(const Work& work, bool one_row_tile) {
+  int const most = one_row_tile ? most_blocks : 2 * most_blocks, cluster = cluster_of(work.lines, most);
+  int64_t const whole_parts = (work.tiles_a_line + DecodeSchedule::part_tiles - 1) / DecodeSchedule::part_tiles;
+  return {cluster, static_cast<int>(std::clamp<int64_t>(most / (work.lines * cluster), 1, whole_parts))};
+}
+
 // Where a single sequence's items are so few that as many clusters run at once, a cluster takes one, and nothing is
-// left to merge by another kernel. More than 64 blocks in clusters were slower, whose place on the GPU is not free.
-// H100, 8 key heads, us: 4,096 keys 9.6 (in 32 parts 13.6), 32,768 46.9 (48.9), 131,072 177 (178). With more than 8
-// rows of queries the blocks of a cluster send each other too much (16 rows, 32,768 keys: 56.0, in parts 53.3 or less),
-// and pages of 16 come too slowly for half the multiprocessors (67.2). Elsewhere all blocks that run at once have a
-// part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
-Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
+// left to merge by another kernel. H100, 8 key heads, us: 4,096 keys 9.3 (in 32 parts 13.6), 32,768 46.8 (48.9), with
+// 16 rows 47.6 (60), 131,072 keys 177 (178). Elsewhere all blocks that run at once have a part: 8 sequences of 8,192
+// keys in 4 parts 93 us, in 2 104.
+Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work, int tile_rows,
                      int blocks_a_unit) {
-  constexpr int most_rows = 8, most_blocks = 64, least_blocks = 48;
-  int64_t const page_size = problem.paged() ? problem.key_cache.shape[sequence_axis(problem.layout)] : 64;
-  if (problem.batch_invariant) return {1, 1};
-  if (problem.query.shape[0] == 1 && work.rows <= most_rows && page_size >= 64 && device.units >= 2 * most_blocks) {
-    for (int cluster : {8, 4}) {
-      int64_t const blocks = work.items * cluster;
-      if (blocks >= least_blocks && blocks <= most_blocks && cluster <= work.tiles_a_line) return {cluster, 1};
-    }
+  bool const one_row_tile = work.rows <= tile_rows;
+  if (problem.batch_invariant) return invariant_division(work, one_row_tile);
+  if (problem.query.shape[0] == 1 && one_row_tile && device.units >= 2 * most_blocks) {
+    int const cluster = cluster_of(work.items, most_blocks);
+    int64_t const blocks = work.items * cluster;
+    if (blocks >= least_blocks && blocks <= most_blocks && cluster <= work.tiles_a_line) return {cluster, 1};
   }
   int64_t parts = int64_t{device.units} * blocks_a_unit / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
@@ -170,7 +188,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
   int const blocks_a_unit = tile.blocks_a_unit();
-  Division const division = division_of(problem, device, work, blocks_a_unit);
+  Division const division = division_of(problem, device, work, tile.rows(), blocks_a_unit);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
   int const cluster_rows = division.cluster > 1 ? part_rows : 0;
   int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
@@ -183,22 +201,20 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   plan.tile_q = tile.rows();
   plan.tile_k = DecodeParts::tile_k;
   plan.packed_heads = static_cast<int>(work.group);
-  plan.threads = 32 * (HopperDecodeTile::warps + 1);
+  plan.threads = tile.threads();
   plan.plain_score = plain_score(options_of(problem));
   plan.shared_memory = tile.shared_memory(stages, cluster_rows);
   plan.tiles = work.items * work.tiles_a_line;
   plan.cluster = division.cluster;
-  plan.even_parts = division.even_parts;
-  int64_t parts = work.items * division.even_parts;
-  if (problem.batch_invariant) {
-    plan.splits = static_cast<int>(DecodeSchedule::parts_bound(work.lines, work.tiles_a_line));
-    parts = work.items * plan.splits;
-  } else if (s.batch > 1) {
-    int64_t const aimed = int64_t{parts_a_unit} * device.units;
+  int64_t parts = work.items * division.parts;
+  if (s.batch > 1 && !problem.batch_invariant) {
+    plan.even_parts = division.parts;
+    int64_t const aimed = int64_t{parts_a_block} * blocks_a_unit * device.units;
     parts = std::min(plan.tiles, std::max(parts, work.items + aimed));
     plan.splits = static_cast<int>(std::min(work.tiles_a_line, parts - work.items + 1));
-  } else {  // one sequence is as long as itself
-    plan.splits = division.even_parts;
+  } else {
+    plan.even_parts = problem.batch_invariant ? 1 : division.parts;
+    plan.splits = division.parts;
   }
   plan.blocks = parts * division.cluster;
   if (plan.splits > 1) plan.workspace = parts * part_rows * (s.head_dim_v + 1) * 4;

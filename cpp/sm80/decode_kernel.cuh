@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
 
       float s[slices][2][4];
       uint32_t weights[slices][4];
-      work.scores(s, from_q, from_k);
+      work.scores(s, from_q, {}, from_k);
       if (!p.plain_score) work.transform(s, p.score);
       bool const here = in_cache >> stage & 1;
       if (!here || tile < range.full_begin || tile >= range.full_end) {  // keys that not all queries see
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
             lane);
       }
       work.softmax(s, weights, p.score.factor);
-      work.output(weights, from_v);
+      work.output(weights, {}, from_v);
 
       __syncwarp();  // all lanes are done with the stage
       if (tile + p.stages < part.end) load(tile + p.stages, stage);

@@ -19,7 +19,7 @@ __device__ __forceinline__ float sum_of_quad(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// `Tile` is how keys and values lie in shared memory: Tile::right(offset, d) is d slices of 16 columns to the right.
+// `Tile` is how keys and values lie in shared memory: tile.right(offset, d) is d slices of 16 columns to the right.
 // Queries lie in a SharedTile. All lanes call every member.
 template <class Element, int head_dim, int slices, class Tile>
 struct DecodeRows {
@@ -60,7 +60,7 @@ struct DecodeRows {
 
   // S = Q Kᵀ; `from_k` is this lane's place in the warp's keys. Where registers allow, two sums side by side halve the
   // chain of products that wait for each other.
-  __device__ __forceinline__ void scores(float (&s)[slices][2][4], uint32_t from_q, uint32_t from_k) {
+  __device__ __forceinline__ void scores(float (&s)[slices][2][4], uint32_t from_q, Tile const& tile, uint32_t from_k) {
     constexpr int chains = slices == 1 && head_dim <= 128 ? 2 : 1;
     float sums[chains][slices][2][4] = {};
 #pragma unroll
@@ -73,7 +73,7 @@ struct DecodeRows {
         }
       }
       uint32_t k[4];
-      load_matrices(k, Tile::right(from_k, d));
+      load_matrices(k, tile.right(from_k, d));
 #pragma unroll
       for (int m = 0; m < slices; ++m) {
         multiply<Element>(sums[d % chains][m][0], q[m][at_d], k[0], k[1]);
@@ -160,11 +160,11 @@ struct DecodeRows {
   }
 
   // O += P V; `from_v` is this lane's place in the warp's values.
-  __device__ __forceinline__ void output(uint32_t const (&weights)[slices][4], uint32_t from_v) {
+  __device__ __forceinline__ void output(uint32_t const (&weights)[slices][4], Tile const& tile, uint32_t from_v) {
 #pragma unroll
     for (int d = 0; d < head_dim / 16; ++d) {
       uint32_t v[4];
-      load_matrices_transposed(v, Tile::right(from_v, d));
+      load_matrices_transposed(v, tile.right(from_v, d));
 #pragma unroll
       for (int m = 0; m < slices; ++m) {
         multiply<Element>(o[m][2 * d], weights[m], v[0], v[1]);

@@ -78,8 +78,9 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
   p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
              Divisor::of(most)};
-  // A single sequence is as long as itself: its parts need no search.
-  p.even = p.batch == 1 && most == 0 ? plan.even_parts : 0;
+  // Where lengths change nothing, parts need no search: a single sequence is as long as itself, and one part is all of
+  // it.
+  p.even = most > 0 ? most == 1 : p.batch == 1 ? plan.even_parts : 0;
   auto const s = static_cast<cudaStream_t>(stream);
   bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");

@@ -10,12 +10,14 @@ namespace {
 struct HopperDecodeTile {
   int head_dim, slices;  // of 16 rows
 
-  static constexpr int warps = 4;         // of consumers, beside the producer's
-  static constexpr int warp_keys = 16;    // of a tile of 64 keys, each warp's own
+  static constexpr int key_warps = 4;     // consumers of a slice, which divide a tile's keys
+  static constexpr int warp_keys = 16;    // of a tile of 64 keys
   static constexpr int most_stages = 8;   // tiles of keys on their way
-  static constexpr int most_cluster = 8;  // blocks that share an item: a lane of a warp merges for each of their warps
+  static constexpr int most_cluster = 8;  // blocks that share an item
 
   FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
+  FLASHCORE_HD constexpr int warps() const { return key_warps * slices; }
+  FLASHCORE_HD constexpr int threads() const { return 32 * warps() + 32; }  // the producer's warp is the last
   // Two blocks share a multiprocessor's registers where the accumulators are few.
   FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim * slices <= 128 ? 2 : 1; }
   // Keys or values of a tile, in panels of 64 columns.
@@ -23,16 +25,16 @@ struct HopperDecodeTile {
   FLASHCORE_HD constexpr int kv_bytes() const { return panels() * 64 * 128; }
   FLASHCORE_HD constexpr int stage_bytes() const { return 2 * kv_bytes(); }
   FLASHCORE_HD constexpr int q_bytes() const { return rows() * head_dim * 2; }
-  FLASHCORE_HD constexpr int state_bytes() const { return warps * rows() * 2 * 4; }
+  FLASHCORE_HD constexpr int state_bytes() const { return key_warps * rows() * 2 * 4; }
   // Barriers, which boxes are absent, the block's part.
   static constexpr int control_bytes = 2 * most_stages * 8 + 2 * 8 + most_stages * (8 + 4) + 64;
   // All warps' outputs in float32, in the stages' place when these have been read. Rows are 8 floats longer than they
   // need, so that the lanes of a warp that hold different rows write to different banks.
   FLASHCORE_HD constexpr int merge_stride() const { return head_dim + 8; }
-  FLASHCORE_HD constexpr int merge_bytes() const { return warps * rows() * merge_stride() * 4; }
+  FLASHCORE_HD constexpr int merge_bytes() const { return key_warps * rows() * merge_stride() * 4; }
   // What all warps of a cluster's blocks send to each of these: its columns of `rows` rows, and all rows' log-sum-exp.
-  FLASHCORE_HD constexpr int received_bytes(int rows) const { return rows * warps * head_dim * 4; }
-  FLASHCORE_HD constexpr int received_lse_bytes(int rows) const { return rows * warps * most_cluster * 4; }
+  FLASHCORE_HD constexpr int received_bytes(int rows) const { return rows * head_dim * 4; }
+  FLASHCORE_HD constexpr int received_lse_bytes(int rows) const { return rows * most_cluster * 4; }
 
   // What comes before the stages, and behind them, in clusters only.
   FLASHCORE_HD constexpr int head_bytes() const {
