@@ -6,7 +6,9 @@
 #pragma once
 
 #include "attention/mask.h"
+#include "core/cuda_check.h"
 #include "core/once_per_device.h"
+#include "flashcore/plan.h"
 #include "sm90/cluster.h"
 #include "sm90/dependent_launch.h"
 #include "sm90/forward_output.cuh"
