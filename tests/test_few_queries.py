@@ -32,14 +32,29 @@ def test_few_queries(arrays, dtype, shape, layout):
     if dtype not in arrays.dtypes:
         pytest.skip(f"no {dtype} here")
     batch, seqlen_q, heads_q, heads_k, seqlen_k, head_dim = shape
-    tensors = arrays.qkv(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, dtype, seqlen_k, 3.0)
+    # The relative error of a few rows is chance, where a few weights make most of them: on a GPU, whose weights are not
+    # relative to a row's own maximum, 32 rows or more are judged together.
+    calls = 1 if arrays.device == "cpu" else -(-32 // (batch * seqlen_q * heads_q))
+    drawn = [
+        arrays.qkv(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, dtype, seqlen_k + 100 * i, 3.0)
+        for i in range(calls)
+    ]
+    every = [arrays.xp.concatenate(list(of), 0) for of in zip(*drawn, strict=True)]
     for options in (Options(causal=True), Options(window=(70, 3)), Options(softcap=5.0), Options(scale=-0.2)):
-        given = tensors if layout == "bshd" else [t.swapaxes(1, 2) for t in tensors]
-        out, lse = flashcore.attention(*given, return_lse=True, layout=layout, **options.keywords())
-        again = flashcore.attention(*given, layout=layout, **options.keywords())
-        assert bool((out == again).all())
-        out = out if layout == "bshd" else out.swapaxes(1, 2)
-        assert_attention(arrays, out, lse, *tensors, options, f"{shape} {options}")
+        results = []
+        for tensors in drawn:
+            given = tensors if layout == "bshd" else [t.swapaxes(1, 2) for t in tensors]
+            keywords = {"layout": layout, **options.keywords()}
+            out, lse = flashcore.attention(*given, return_lse=True, **keywords)
+            again, _ = flashcore.attention(*given, return_lse=True, **keywords)
+            assert bool((out == again).all())
+            alone = flashcore.attention(*given, **keywords)  # on Hopper not by the same softmax
+            if layout == "bhsd":
+                out, alone = out.swapaxes(1, 2), alone.swapaxes(1, 2)
+            results.append((out, lse, alone))
+        out, lse, alone = (arrays.xp.concatenate(list(of), 0) for of in zip(*results, strict=True))
+        assert_attention(arrays, out, lse, *every, options, f"{shape} {options}")
+        assert_attention(arrays, alone, None, *every, options, f"{shape} {options}, no lse")
 
 
 def test_same_bits_whatever_the_number_of_threads(arrays):

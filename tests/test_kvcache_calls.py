@@ -155,8 +155,9 @@ def test_jax(device):
     jax = pytest.importorskip("jax")
     if device != "cpu":
         pytest.skip("JAX on the CPU")
-    q, cache, token = (jax.numpy.ones(shape, "float32") for shape in ((2, 1, 4, 64), (2, 40, 2, 64), (2, 1, 2, 64)))
-    lengths = jax.numpy.array([3, 40], "int32")
+    with jax.default_device(jax.devices("cpu")[0]):
+        q, cache, token = (jax.numpy.ones(shape, "float32") for shape in ((2, 1, 4, 64), (2, 40, 2, 64), (2, 1, 2, 64)))
+        lengths = jax.numpy.array([3, 40], "int32")
     out, lse = flashcore.attention_kvcache(q, cache, cache, lengths, return_lse=True)
     assert isinstance(out, jax.Array) and isinstance(lse, jax.Array)
     assert float(abs(out - 1).max()) < 1e-6
