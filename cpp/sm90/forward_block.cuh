@@ -99,10 +99,8 @@ struct SharedMemory {
   // Jobs to be done once more, with the exact loop alone, and whether one of the last ones is among them.
   Work again[12];
   int again_count, noted[4];
-  // The producer's own, for which it has no registers left: its tile, whether that has been handed out, and the values
-  // to be loaded next, or row −1.
+  // The producer's own, for which it has no registers left: its tile, and the values to be loaded next, or row −1.
   uint32_t tile;
-  bool tile_spent;
   TilePlace values;
   Barrier q_full[Config::q_buffers], q_empty[Config::q_buffers];
   Barrier full[Config::slots], empty[Config::slots];

@@ -72,16 +72,8 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
   };
   // Consumers may be as many jobs behind as there are places for queries, and one.
   constexpr int many = sizeof(shared.again) / sizeof(Work) - 4;
-  shared.tile = blockIdx.x;
-  shared.tile_spent = false;
 #pragma unroll 1
-  while (true) {
-    // Not before all of the last job has been asked for: a block that took a tile earlier would keep it from one that
-    // is free. The consumers have a ring full of tiles meanwhile.
-    if (shared.tile_spent) {
-      shared.tile = next_tile(a, shared.tile);
-      shared.tile_spent = false;
-    }
+  for (shared.tile = blockIdx.x;;) {
     bool const more = shared.tile / gridDim.x * gridDim.x < a.tiles, once_more = left > 0;
     Work work;
     if (once_more) {
@@ -92,7 +84,9 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
       continue;
     } else {
       uint32_t const tile = shared.tile;
-      shared.tile_spent = true;
+      // Before this job is asked for: behind it the atomic addition would be one more wait between two jobs. (Variable
+      // lengths, one run each, on two H100s: 1.09 of FlashAttention-3's speed so, 1.05 with the addition last.)
+      shared.tile = next_tile(a, tile);
       if (tile >= a.tiles || !a.scheduler.work(a.p, tile, work)) continue;
     }
     Job const job = job_of<Config>(a, work);
