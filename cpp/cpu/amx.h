@@ -225,14 +225,12 @@ struct TileAtom {
   static constexpr int key_bytes = 2 * parts;
   static constexpr bool in_place = key_bytes <= 4;  // weights fit where the scores were
 
-  FLASHCORE_HD static void store_weights(Lane* row, int k, const Vec (&weights)[panel_vectors]) {
-#pragma GCC unroll 2
-    for (int v = 0; v < panel_vectors; v += 2) {
-      __m512i to[parts];
-      Parts<T>::split_weights((__m512)weights[v], (__m512)weights[v + 1], to);
+  // Of 32 keys, at `to`.
+  FLASHCORE_HD static void store_weights(float* to, const Vec (&weights)[2]) {
+    __m512i part[parts];
+    Parts<T>::split_weights((__m512)weights[0], (__m512)weights[1], part);
 #pragma GCC unroll 3
-      for (int i = 0; i < parts; ++i) _mm512_storeu_si512(row + (k + v * lanes) * key_bytes / 4 + i * lanes, to[i]);
-    }
+    for (int i = 0; i < parts; ++i) _mm512_storeu_si512(to + i * lanes, part[i]);
   }
 };
 
@@ -300,9 +298,10 @@ FLASHCORE_HD void store_block(float* to, int stride) {
 }
 
 // Scores of a block: 16 · row_tiles queries with 32 keys, over `steps` times 32 elements of the head dimension. Both
-// operands are packed as [step][part][2 tiles].
-template <typename T, int row_tiles>
-void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride) {
+// operands are packed as [step][part][2 tiles]. What between(s) does follows step s, and runs beside the products.
+template <typename T, int row_tiles, typename Between>
+FLASHCORE_HD void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride,
+                              Between between) {
   constexpr int step_bytes = Parts<T>::count * 2 * tile_bytes;
   fetch_block<row_tiles>(scores, stride);
   zero_block<row_tiles>();
@@ -310,6 +309,7 @@ void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float
   const char* right = reinterpret_cast<const char*>(keys);
   for (int s = 0; s < steps; ++s, left += step_bytes, right += step_bytes) {
     tile_step<Parts<T>::scores, row_tiles>(left, tile_bytes, 64, 2 * tile_bytes, right);
+    between(s);
   }
   store_block<row_tiles>(scores, stride);
 }
