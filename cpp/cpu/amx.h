@@ -223,7 +223,6 @@ struct TileAtom {
   using Lane = uint32_t;
   static constexpr int parts = Parts<T>::count;
   static constexpr int key_bytes = 2 * parts;
-  static constexpr bool in_place = key_bytes <= 4;  // weights fit where the scores were
 
   // Of 32 keys, at `to`.
   FLASHCORE_HD static void store_weights(float* to, const Vec (&weights)[2]) {
@@ -234,10 +233,18 @@ struct TileAtom {
   }
 };
 
+// What a product's `beside` is where nothing runs beside it.
+struct Alone {
+  FLASHCORE_HD void operator()() const {}
+};
+
 // One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
-// operand's parts in tiles 4 and 5 (`left_part` and `left_row` bytes apart), the right one's in 6 and 7.
-template <const auto& terms, int row_tiles, int n = 0>
-FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride, int left_part, const char* right) {
+// operand's parts in tiles 4 and 5 (`left_part` and `left_row` bytes apart), the right one's in 6 and 7. Calls of
+// `beside` stand among the products: what they do runs meanwhile. With one term they are after each product, because
+// the processor holds the results of about eight of these instructions and then stops to take in others.
+template <const auto& terms, int row_tiles, int n = 0, typename Beside>
+FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride, int left_part, const char* right,
+                            Beside& beside) {
   constexpr int count = sizeof(terms) / sizeof(Term);
   if constexpr (n < count) {
     constexpr int i = terms[n].left, j = terms[n].right;
@@ -246,25 +253,26 @@ FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride,
     if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes, 64);
     if constexpr (i != i_before) tile_load<4>(left + i * left_part, left_stride);
     tile_multiply_add<0, 4, 6>();
+    if constexpr (count == 1) beside();
     if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes, 64);
     tile_multiply_add<1, 4, 7>();
+    beside();
     if constexpr (row_tiles == 2) {
       if constexpr (i != i_before) tile_load<5>(left + left_row + i * left_part, left_stride);
       tile_multiply_add<2, 5, 6>();
+      if constexpr (count == 1) beside();
       tile_multiply_add<3, 5, 7>();
+      beside();
     }
-    tile_step<terms, row_tiles, n + 1>(left, left_row, left_stride, left_part, right);
+    tile_step<terms, row_tiles, n + 1>(left, left_row, left_stride, left_part, right, beside);
   }
 }
 
-// Brings the lines that a block will be stored to into the first-level cache, while its products are computed: stores
-// that miss it wait for each other (D 128, 2048 keys: 16% of the time).
-template <int row_tiles>
-FLASHCORE_HD void fetch_block(const float* at, int stride) {
-  for (int i = 0; i < row_tiles * tile_rows; ++i) {
-    __builtin_prefetch(at + i * stride, 1, 3);
-    __builtin_prefetch(at + i * stride + tile_columns, 1, 3);
-  }
+// How often a step calls `beside`.
+template <const auto& terms>
+constexpr int calls_of_step(int row_tiles) {
+  constexpr int count = sizeof(terms) / sizeof(Term);
+  return row_tiles * (count == 1 ? 2 : count);
 }
 
 template <int row_tiles>
@@ -298,32 +306,29 @@ FLASHCORE_HD void store_block(float* to, int stride) {
 }
 
 // Scores of a block: 16 · row_tiles queries with 32 keys, over `steps` times 32 elements of the head dimension. Both
-// operands are packed as [step][part][2 tiles]. What between(s) does follows step s, and runs beside the products.
-template <typename T, int row_tiles, typename Between>
-FLASHCORE_HD void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride,
-                              Between between) {
+// operands are packed as [step][part][2 tiles].
+template <typename T, int row_tiles, typename Beside>
+void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride, Beside& beside) {
   constexpr int step_bytes = Parts<T>::count * 2 * tile_bytes;
-  fetch_block<row_tiles>(scores, stride);
   zero_block<row_tiles>();
   const char* left = reinterpret_cast<const char*>(queries);
   const char* right = reinterpret_cast<const char*>(keys);
   for (int s = 0; s < steps; ++s, left += step_bytes, right += step_bytes) {
-    tile_step<Parts<T>::scores, row_tiles>(left, tile_bytes, 64, 2 * tile_bytes, right);
-    between(s);
+    tile_step<Parts<T>::scores, row_tiles>(left, tile_bytes, 64, 2 * tile_bytes, right, beside);
   }
   store_block<row_tiles>(scores, stride);
 }
 
 // Outputs of a block: out += weights of 16 · row_tiles rows (as TileAtom stores them, `row_bytes` a row) · values of 32
 // columns, packed as [32 keys][part][2 tiles], over `steps` times 32 keys. `fresh`: out counts as zeros.
-template <typename T, int row_tiles>
+template <typename T, int row_tiles, typename Beside>
 void tile_outputs(const char* weights, int row_bytes, const uint16_t* values, int steps, bool fresh, float* out,
-                  int stride) {
+                  int stride, Beside& beside) {
   constexpr int parts = Parts<T>::count;
   fresh ? zero_block<row_tiles>() : load_block<row_tiles>(out, stride);
   const char* right = reinterpret_cast<const char*>(values);
   for (int s = 0; s < steps; ++s, weights += parts * 64, right += parts * 2 * tile_bytes) {
-    tile_step<Parts<T>::outputs, row_tiles>(weights, tile_rows * row_bytes, row_bytes, 64, right);
+    tile_step<Parts<T>::outputs, row_tiles>(weights, tile_rows * row_bytes, row_bytes, 64, right, beside);
   }
   store_block<row_tiles>(out, stride);
 }

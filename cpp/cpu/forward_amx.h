@@ -9,7 +9,7 @@
 namespace flashcore::cpu {
 namespace {
 
-// 2^x to 3e-5 for x < 128, 0 below 2^-126 (as exp2_of). Of x the nearest multiple of 1/32 chooses a power from a table;
+// 2^x to 3e-5, 0 below 2^-126 (as exp2_of), 2^100 above. Of x the nearest multiple of 1/32 chooses a power from a table;
 // what remains, at most 1/64, takes a straight line. While tile registers multiply, half of the processor's multiply-add
 // units are theirs, so that additions and shuffles are to be preferred: three multiplies here, seven in exp2_of.
 struct PowerTable {
@@ -37,7 +37,10 @@ FLASHCORE_HD void exp2_by_table(Vec (&x)[n]) {
   Vec const shifter = splat(1.5f * (1 << 18));  // 32 steps to 1
   Vec shifted[n];
 #pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) shifted[i] = x[i] + shifter;
+  for (int i = 0; i < n; ++i) {
+    x[i] = (Vec)_mm512_min_ps(_mm512_set1_ps(100.0f), (__m512)x[i]);  // NaN stays
+    shifted[i] = x[i] + shifter;
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) {
     __m512i const steps = _mm512_castps_si512((__m512)shifted[i]);
@@ -62,9 +65,21 @@ struct ForwardTiles : TileRows<T, Score> {
   static constexpr int step_elements = parts * 2 * tile_elements;  // of a packed block, in a step
   // A vector more than what there is: rows of a power of two of bytes would fall into the same few sets of the cache.
   static constexpr int score_stride = keys_of_tile + lanes;
-  static constexpr int weight_floats = Atom::in_place ? score_stride : keys_of_tile * Atom::key_bytes / 4 + lanes;
+  static constexpr int panel_stride = panel_width + lanes;
+  static constexpr int weight_floats = keys_of_tile * Atom::key_bytes / 4 + lanes;
   static constexpr int largest_out = max_head_dim + lanes;
   static_assert(tile_q % amx_block == 0 && panel_width % amx_block == 0);
+
+  // A block of rows with a packed tile of keys.
+  struct Pass {
+    int block, first_key, held;
+    Span span;      // the keys that some of its rows see, in whole panels
+    float* weights;
+    bool fresh;     // the block has no output yet
+    bool two_tiles;
+
+    int height() const { return two_tiles ? amx_block : tile_rows; }
+  };
 
   int steps;            // of the head dimension
   int out_stride;       // head_dim in whole blocks, and a vector
@@ -74,11 +89,20 @@ struct ForwardTiles : TileRows<T, Score> {
   uint16_t* keys;       // [tile][32 keys][step][part][2 tiles]
   uint16_t* values;     // [tile][32 columns][32 keys][part][2 tiles]
   float* out;           // [row][out_stride]
+  float* panel_scores;  // of two panels [row of a block][panel_stride]
   float* scores;        // [row of a block][score_stride]
-  float* weights;       // [row of a block][weight_floats], or in the place of the scores
+  float* weights;       // of two passes [row of a block][weight_floats]
   T* gathered;          // [keys_of_tile][head_dim]: rows that lie in pages
   RowStates<tile_q> state;
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
+
+  // The pipeline: a panel whose scores are there and whose weights are next, and a pass whose weights are there.
+  bool weighing = false, outputs_left = false;
+  Pass weighed, finished;
+  int weighed_key = 0, columns_done = 0;
+  float* weighed_scores = nullptr;
+  int other_weights = 0, other_scores = 0;
+  Vec sums[amx_block];  // of the weights of weighed so far
 
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
       : Base(p, t),
@@ -97,10 +121,11 @@ struct ForwardTiles : TileRows<T, Score> {
     queries = reinterpret_cast<uint16_t*>(take(tile_q * max_head_dim * parts / 2));
     out = take(tile_q * largest_out);
     scores = take(amx_block * score_stride);
-    weights = Atom::in_place ? scores : take(amx_block * weight_floats);
+    panel_scores = take(2 * amx_block * panel_stride);
+    weights = take(2 * amx_block * weight_floats);
     gathered = reinterpret_cast<T*>(at);
     constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * largest_out +
-                               amx_block * (score_stride + weight_floats) + keys_of_tile * max_head_dim;
+                               amx_block * (score_stride + 2 * panel_stride + 2 * weight_floats) + keys_of_tile * max_head_dim;
     static_assert(floats + packed_bytes / 4 <= scratch_floats &&
                   4 * keys_of_tile * max_head_dim * parts <= packed_bytes);
   }
@@ -123,6 +148,7 @@ struct ForwardTiles : TileRows<T, Score> {
       for (int block = 0; block * amx_block < rows; ++block) {
         for (int i = t; i < end; ++i) pass(block, i * keys_of_tile, i - t);
       }
+      finish();
     }
     write();
     return true;
@@ -155,160 +181,234 @@ struct ForwardTiles : TileRows<T, Score> {
   // A block of rows with the packed tile of keys that begins at first_key.
   void pass(int block, int first_key, int held) {
     int const row = block * amx_block, last = min_of(row + amx_block, rows) - 1;
-    // The keys that some of its rows see, in whole panels.
     int const begin = mask.first_key(query_of(row)) - first_key, end = mask.end_key(query_of(last)) - first_key;
     int const packed = packed_keys(first_key);
     if (end <= 0 || begin >= packed || begin >= end) return;
-    Span const span = {max_of(begin, 0) / panel_width * panel_width,
-                       min_of(ceil_div(end, panel_width) * panel_width, packed)};
-    rows - row > tile_rows ? pass<2>(block, first_key, span, held) : pass<1>(block, first_key, span, held);
+    other_weights = !other_weights;
+    Pass const next = {block,
+                       first_key,
+                       held,
+                       {max_of(begin, 0) / panel_width * panel_width,
+                        min_of(ceil_div(end, panel_width) * panel_width, packed)},
+                       weights + other_weights * amx_block * weight_floats,
+                       false,
+                       rows - row > tile_rows};
+    for (int k = next.span.begin; k < next.span.end; k += panel_width) advance<true>(next, k);
   }
 
-  template <int row_tiles>
-  void pass(int block, int first_key, Span span, int held) {
-    int const row = block * amx_block;
-    if (!weigh<row_tiles>(block, first_key, span, held)) weigh_anew<row_tiles>(block, first_key, span, held);
-
-    int const first_step = span.begin / tile_depth;
-    const char* const left = reinterpret_cast<const char*>(weights) + first_step * parts * 64;
-    const uint16_t* const tile_values = values + held * packed_elements;
-    for (int c = 0; c < out_stride - lanes; c += amx_block) {
-      tile_outputs<T, row_tiles>(
-          left, 4 * weight_floats,
-          tile_values + (c / amx_block * (packed_keys(first_key) / tile_depth) + first_step) * step_elements,
-          span.end / tile_depth - first_step, fresh[block], out + row * out_stride + c, out_stride);
+  // The work is a pipeline over the panels of all passes: scores of one panel, and outputs of the pass before, beside
+  // the weights of the panel before, which take the vector units.
+  template <bool more>
+  void advance(const Pass& next, int k) {
+    if (weighing) prepare();
+    float* const next_scores = panel_scores + other_scores * amx_block * panel_stride;
+    other_scores = !other_scores;
+    int columns_end = 0;
+    if (outputs_left) {
+      int const panels = (weighed.span.end - weighed.span.begin) / panel_width;
+      int const panel = (weighed_key - weighed.span.begin) / panel_width;
+      columns_end = weighing ? steps * (panel + 1) / panels : steps;
     }
-    fresh[block] = false;
+    Beside beside{*this, weighing ? weighed.height() : 0, 0, 0, 0};
+    if (more) beside.calls += 2 * steps * calls_of_step<Parts<T>::scores>(next.two_tiles ? 2 : 1);
+    if (outputs_left) {
+      beside.calls += (columns_end - columns_done) * (finished.span.end - finished.span.begin) / tile_depth *
+                      calls_of_step<Parts<T>::outputs>(finished.two_tiles ? 2 : 1);
+    }
+    if (more) scores_of_panel(next, k, next_scores, panel_stride, beside);
+    if (outputs_left) outputs_until(columns_end, beside);
+    while (beside.row < beside.rows) beside.weigh_row();
+    if (weighing && weighed_key + panel_width == weighed.span.end) close();
+    weighing = more;
+    if (more) {
+      weighed = next;
+      weighed_key = k;
+      weighed_scores = next_scores;
+    }
   }
 
-  // The first of the keys [k, k + 32) of the tile that a row sees, and the end of those.
-  Span seen_of(int row, int first_key, int k) const {
-    int const query = query_of(min_of(row, rows - 1));
-    return {clamp_to(mask.first_key(query) - first_key - k, 0, amx_block),
-            clamp_to(mask.end_key(query) - first_key - k, 0, amx_block)};
+  void finish() {
+    if (weighing) advance<false>(weighed, 0);
+    if (outputs_left) advance<false>(finished, 0);
   }
 
-  // Scores of the block with the 32 keys from k on, those that a row does not see minus infinity, at `to`.
-  template <int row_tiles, typename Between>
-  FLASHCORE_HD void scores_at(int block, int first_key, int k, int held, float* to, Between between) {
-    tile_scores<T, row_tiles>(queries + block * steps * step_elements,
-                              keys + held * packed_elements + k / amx_block * steps * step_elements, steps, to,
-                              score_stride, between);
-    int const row = block * amx_block;
+  // The weights of a panel, row after row, evenly over the calls.
+  struct Beside {
+    ForwardTiles& tiles;
+    int rows, calls;
+    int row, credit;
+
+    FLASHCORE_HD void operator()() {
+      credit += rows;
+      while (credit >= calls) {
+        credit -= calls;
+        if (row < rows) weigh_row();
+      }
+    }
+    FLASHCORE_HD void weigh_row() {
+      tiles.weigh_row(tiles.weighed_scores + row * panel_stride,
+                      tiles.state.max[tiles.weighed.block * amx_block + row],
+                      tiles.weighed.weights + row * weight_floats + tiles.weighed_key * Atom::key_bytes / 4,
+                      tiles.sums[row]);
+      ++row;
+    }
+  };
+
+  // What a panel's scores still need before they become weights.
+  void prepare() {
+    if (weighed_key == weighed.span.begin) {
+      for (Vec& sum : sums) sum = splat(0.0f);
+    }
+    prepare_scores(weighed, weighed_key, weighed_scores, panel_stride);
+    if (!fresh[weighed.block] || weighed_key != weighed.span.begin) return;
+    for (int i = 0; i < weighed.height(); i += tile_rows) {
+      Vec const largest = largest_of(weighed_scores + i * panel_stride, panel_stride, {0, panel_width});
+      store(state.max + weighed.block * amx_block + i, largest * splat(score.factor));
+    }
+  }
+
+  // The end of a pass: takes in its sums. Weights that are too large, or not numbers because a row had no offset, are
+  // computed anew.
+  void close() {
+    int const row = weighed.block * amx_block;
+    Vec total[amx_block / tile_rows];
+    bool good = true;
+    for (int i = 0; i < weighed.height(); i += tile_rows) {
+      total[i / tile_rows] =
+          across_each(reinterpret_cast<const Vec(&)[sixteen]>(sums[i]), [](Vec x, Vec y) { return x + y; });
+      good &= _mm512_cmp_ps_mask((__m512)total[i / tile_rows], _mm512_set1_ps(0x1p16f), _CMP_NLT_UQ) == 0;
+    }
+    if (good) {
+      for (int i = 0; i < weighed.height(); i += tile_rows) {
+        store(state.sum + row + i, load(state.sum + row + i) + total[i / tile_rows]);
+      }
+    } else {
+      weigh_anew(weighed);
+    }
+    finished = weighed;
+    finished.fresh = fresh[weighed.block];
+    fresh[weighed.block] = false;
+    outputs_left = true;
+    columns_done = 0;
+  }
+
+  // The outputs of the finished pass in columns up to the blocks `end`.
+  void outputs_until(int end, auto& beside) {
+    int const first_step = finished.span.begin / tile_depth;
+    const char* const left = reinterpret_cast<const char*>(finished.weights) + first_step * parts * 64;
+    const uint16_t* const from = values + finished.held * packed_elements;
+    int const packed_steps = packed_keys(finished.first_key) / tile_depth;
+    for (; columns_done < end; ++columns_done) {
+      auto const outputs = [&](auto row_tiles) {
+        tile_outputs<T, decltype(row_tiles)::value>(
+            left, 4 * weight_floats, from + (columns_done * packed_steps + first_step) * step_elements,
+            finished.span.end / tile_depth - first_step, finished.fresh,
+            out + finished.block * amx_block * out_stride + columns_done * amx_block, out_stride, beside);
+      };
+      finished.two_tiles ? outputs(Constant<2>{}) : outputs(Constant<1>{});
+    }
+    outputs_left = columns_done < steps;
+  }
+
+  void scores_of_panel(const Pass& p, int k, float* to, int stride, auto& beside) {
+    auto const scores_of = [&](auto row_tiles) {
+      for (int i = 0; i < panel_width; i += amx_block) {
+        tile_scores<T, decltype(row_tiles)::value>(
+            queries + p.block * steps * step_elements,
+            keys + p.held * packed_elements + (k + i) / amx_block * steps * step_elements, steps, to + i, stride,
+            beside);
+      }
+    };
+    p.two_tiles ? scores_of(Constant<2>{}) : scores_of(Constant<1>{});
+  }
+
+  // Scores of a panel of keys, from key k of the tile on, are transformed, and those that a row does not see minus
+  // infinity.
+  void prepare_scores(const Pass& p, int k, float* s, int stride) {
     if constexpr (!Score::plain) {
-      for (int i = 0; i < row_tiles * tile_rows; ++i) {
-        float* const at = to + i * score_stride;
-        for (int j = 0; j < amx_block; j += lanes) store(at + j, transform(score, load(at + j)));
+      for (int i = 0; i < p.height(); ++i) {
+        float* const at = s + i * stride;
+        for (int j = 0; j < panel_width; j += lanes) store(at + j, transform(score, load(at + j)));
       }
     }
+    int const row = p.block * amx_block, key = p.first_key + k;
     int const last = min_of(row + amx_block, rows) - 1;
-    if (seen_of(last, first_key, k).begin == 0 && seen_of(row, first_key, k).end == amx_block) return;
-    for (int i = 0; i < row_tiles * tile_rows; ++i) {
-      Span const seen = seen_of(row + i, first_key, k);
-      __mmask32 const unseen = ~(mask_of(seen.end) & ~mask_of(seen.begin));
-      __m512 const nothing = _mm512_set1_ps(minus_infinity());
-      float* const at = to + i * score_stride;
-      _mm512_mask_storeu_ps(at, static_cast<__mmask16>(unseen), nothing);
-      _mm512_mask_storeu_ps(at + lanes, static_cast<__mmask16>(unseen >> 16), nothing);
+    if (mask.first_key(query_of(last)) <= key && mask.end_key(query_of(row)) >= key + panel_width) return;
+    __m512 const nothing = _mm512_set1_ps(minus_infinity());
+    for (int i = 0; i < p.height(); ++i) {
+      int const query = query_of(min_of(row + i, rows - 1));
+      int const begin = mask.first_key(query) - key, end = mask.end_key(query) - key;
+      for (int j = 0; j < panel_width; j += amx_block) {
+        __mmask32 const unseen = ~(mask_of(end - j) & ~mask_of(begin - j));
+        _mm512_mask_storeu_ps(s + i * stride + j, static_cast<__mmask16>(unseen), nothing);
+        _mm512_mask_storeu_ps(s + i * stride + j + lanes, static_cast<__mmask16>(unseen >> 16), nothing);
+      }
     }
   }
 
-  // Weights of the rows [begin, end) of a block from the scores of 32 keys at `s`, to `w`; their sums are added.
-  FLASHCORE_HD void weigh_rows(int begin, int end, const float* s, const float* offset, float* w,
-                               Vec (&sums)[amx_block]) {
+  // The weights of a row from a panel of its scores; their sum is added.
+  FLASHCORE_HD void weigh_row(const float* s, float offset, float* w, Vec& sum) {
     static_assert(panel_vectors == 4);
-    for (int i = begin; i < end; i += 2) {
-      Vec weight[panel_vectors];
+    Vec weight[panel_vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < panel_vectors; ++v) {
-        Vec const x = load(s + (i + v / 2) * score_stride + v % 2 * lanes);
-        weight[v] = x * splat(score.factor) - splat(offset[i + v / 2]);
-      }
-      if constexpr (rough) {
-        exp2_by_table(weight);
-      } else {
-        exp2_of(weight);
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        Vec const two[2] = {weight[2 * v], weight[2 * v + 1]};
-        sums[i + v] = sums[i + v] + (two[0] + two[1]);
-        Atom::store_weights(w + (i + v) * weight_floats, two);
-      }
+    for (int v = 0; v < panel_vectors; ++v) weight[v] = load(s + v * lanes) * splat(score.factor) - splat(offset);
+    if constexpr (rough) {
+      exp2_by_table(weight);
+    } else {
+      exp2_of(weight);
     }
+    sum = sum + sum_of(weight);
+    Atom::store_weights(w, {weight[0], weight[1]});
+    Atom::store_weights(w + amx_block * Atom::key_bytes / 4, {weight[2], weight[3]});
   }
 
-  // The weights of a tile of keys by the offsets that the rows have, 32 keys at a time beside the products of the next.
-  // Whether that will do: not where a row has no offset yet, or so small a one that its weights are too large.
-  template <int row_tiles>
-  bool weigh(int block, int first_key, Span span, int held) {
-    constexpr int height = row_tiles * tile_rows;
-    int const row = block * amx_block;
-    if (fresh[block]) return false;
-    Vec sums[amx_block] = {};
-    float* const offset = state.max + row;
-    int const rows_of_step = ceil_div(height / 2, steps) * 2;
-    scores_at<row_tiles>(block, first_key, span.begin, held, scores + span.begin, [](int) {});
-    for (int k = span.begin; k < span.end; k += amx_block) {
-      const float* const s = scores + k;
-      float* const w = weights + k * Atom::key_bytes / 4;
-      if (k + amx_block == span.end) {
-        weigh_rows(0, height, s, offset, w, sums);
-      } else {
-        scores_at<row_tiles>(block, first_key, k + amx_block, held, scores + k + amx_block, [&](int step) {
-          weigh_rows(min_of(step * rows_of_step, height), min_of((step + 1) * rows_of_step, height), s, offset, w, sums);
-        });
-      }
-    }
-    for (int i = 0; i < height; i += tile_rows) {
-      Vec const sum = across_each(reinterpret_cast<const Vec(&)[sixteen]>(sums[i]), [](Vec x, Vec y) { return x + y; });
-      if (_mm512_cmp_ps_mask((__m512)sum, _mm512_set1_ps(0x1p64f), _CMP_NLT_UQ) != 0) return false;
-      if (_mm512_cmp_ps_mask((__m512)load(offset + i), _mm512_set1_ps(minus_infinity()), _CMP_EQ_OQ) != 0) return false;
-      store(sums_of_rows + i, sum);
-    }
-    for (int i = 0; i < height; ++i) state.sum[row + i] += sums_of_rows[i];
-    return true;
-  }
-  float sums_of_rows[amx_block];
-
-  // The same with offsets that take in the maxima of this tile; what the outputs so far become of it.
-  template <int row_tiles>
-  void weigh_anew(int block, int first_key, Span span, int held) {
-    int const row = block * amx_block;
-    for (int k = span.begin; k < span.end; k += amx_block) {
-      scores_at<row_tiles>(block, first_key, k, held, scores + k, [](int) {});
-    }
-    for (int i = 0; i < row_tiles * tile_rows; i += tile_rows) {
-      softmax(row + i, span, scores + i * score_stride, weights + i * weight_floats);
-    }
-  }
-
-  void softmax(int row, Span span, float* s, float* w) {
-    Vec const nothing = splat(minus_infinity());
+  // Of sixteen rows' scores.
+  static Vec largest_of(const float* s, int stride, Span span) {
     Vec v[sixteen];
+#pragma GCC unroll 1
     for (int i = 0; i < sixteen; ++i) {
-      v[i] = nothing;
-      for (int k = span.begin; k < span.end; k += 2 * lanes) {
-        v[i] = larger(larger(load(s + i * score_stride + k), load(s + i * score_stride + k + lanes)), v[i]);
+      const float* const at = s + i * stride;
+      v[i] = load(at + span.begin);
+      for (int k = span.begin + lanes; k < span.end; k += lanes) v[i] = larger(load(at + k), v[i]);
+    }
+    return across_each(v, [](Vec x, Vec y) { return larger(x, y); });
+  }
+
+  // A pass's weights with offsets that take in its maxima, and what the outputs so far become of it.
+  void weigh_anew(const Pass& p) {
+    Alone alone;
+    for (int k = p.span.begin; k < p.span.end; k += panel_width) {
+      scores_of_panel(p, k, scores + k, score_stride, alone);
+      prepare_scores(p, k, scores + k, score_stride);
+    }
+    for (int i = 0; i < p.height(); i += tile_rows) softmax(p, i);
+  }
+
+  // Sixteen rows of it.
+  void softmax(const Pass& p, int first) {
+    int const row = p.block * amx_block + first;
+    const float* const s = scores + first * score_stride;
+    Vec const nothing = splat(minus_infinity());
+    // A fresh block's offset is only a guess.
+    Vec const old = fresh[p.block] ? nothing : load(state.max + row);
+    Vec const offset = larger(largest_of(s, score_stride, p.span) * splat(score.factor), old);
+    Vec const finite = where_less(nothing, offset, offset, splat(0.0f));
+    float offsets[sixteen], ratio[sixteen];
+    store(offsets, finite);
+    Vec const ratios = exp2_of(old - finite);
+    store(ratio, ratios);
+    Vec sum[sixteen];
+    for (int i = 0; i < sixteen; ++i) {
+      sum[i] = splat(0.0f);
+      for (int k = p.span.begin; k < p.span.end; k += panel_width) {
+        weigh_row(s + i * score_stride + k, offsets[i],
+                  p.weights + (first + i) * weight_floats + k * Atom::key_bytes / 4, sum[i]);
       }
     }
-    Vec const largest = across_each(v, [](Vec x, Vec y) { return larger(x, y); });
-    Vec const old = load(state.max + row);
-    Vec const fresh_offset = larger(largest * splat(score.factor), old);
-    Vec const offset = where_less(nothing, fresh_offset, fresh_offset, splat(0.0f));
-    float offsets[sixteen], ratio[sixteen];
-    store(offsets, offset);
-    Vec const ratios = exp2_of(old - offset);
-    store(ratio, ratios);
-    Vec sums[amx_block] = {};
-    for (int k = span.begin; k < span.end; k += amx_block) {
-      weigh_rows(0, sixteen, s + k, offsets, w + k * Atom::key_bytes / 4, sums);
-    }
-    store(state.sum + row, load(state.sum + row) * ratios +
-                               across_each(reinterpret_cast<const Vec(&)[sixteen]>(sums[0]), [](Vec x, Vec y) { return x + y; }));
-    store(state.max + row, fresh_offset);
-    if (fresh[row / amx_block]) return;
-    unsigned changed = _mm512_cmp_ps_mask((__m512)load(ratio), (__m512)splat(1.0f), _CMP_NEQ_UQ);
+    store(state.sum + row, load(state.sum + row) * ratios + across_each(sum, [](Vec x, Vec y) { return x + y; }));
+    store(state.max + row, offset);
+    if (fresh[p.block]) return;
+    unsigned changed = _mm512_cmp_ps_mask((__m512)ratios, (__m512)splat(1.0f), _CMP_NEQ_UQ);
     for (; changed != 0; changed &= changed - 1) {
       int const i = __builtin_ctz(changed);
       float* const to = out + (row + i) * out_stride;
