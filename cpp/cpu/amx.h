@@ -17,6 +17,7 @@ constexpr int tile_columns = 16;                       // of float32; of bfloat1
 constexpr int tile_depth = 32;                         // elements of the inner dimension that one product takes
 constexpr int tile_elements = tile_rows * tile_depth;  // bfloat16 of a tile
 constexpr int tile_bytes = 2 * tile_elements;
+constexpr int tile_floats = tile_rows * tile_columns;
 constexpr int amx_block = 32;  // rows and columns of a block: 2 x 2 tiles of the result
 
 // Rows of each tile register, and bytes of a row.
@@ -216,20 +217,22 @@ struct Parts<float> {
   }
 };
 
-// The weights of Forward's tiles as the second product's left operand: of 32 keys the first part, then the second, ...;
-// side by side the keys i and 16 + i.
+// The weights of Forward's tiles as the second product's left operand, [32 keys][part][2 tiles of 16 rows]; side by side
+// the keys i and 16 + i.
 template <typename T>
 struct TileAtom {
   using Lane = uint32_t;
   static constexpr int parts = Parts<T>::count;
   static constexpr int key_bytes = 2 * parts;
 
-  // Of 32 keys, at `to`.
+  static constexpr int step_floats = parts * 2 * tile_bytes / 4;  // weights of 32 keys
+
+  // Of a row and 32 keys, at `to`.
   FLASHCORE_HD static void store_weights(float* to, const Vec (&weights)[2]) {
     __m512i part[parts];
     Parts<T>::split_weights((__m512)weights[0], (__m512)weights[1], part);
 #pragma GCC unroll 3
-    for (int i = 0; i < parts; ++i) _mm512_storeu_si512(to + i * lanes, part[i]);
+    for (int i = 0; i < parts; ++i) _mm512_storeu_si512(to + i * 2 * tile_floats, part[i]);
   }
 };
 
@@ -239,32 +242,31 @@ struct Alone {
 };
 
 // One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
-// operand's parts in tiles 4 and 5 (`left_part` and `left_row` bytes apart), the right one's in 6 and 7. Calls of
+// operand's parts in tiles 4 and 5, the right one's in 6 and 7. Calls of
 // `beside` stand among the products: what they do runs meanwhile. With one term they are after each product, because
 // the processor holds the results of about eight of these instructions and then stops to take in others.
 template <const auto& terms, int row_tiles, int n = 0, typename Beside>
-FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride, int left_part, const char* right,
-                            Beside& beside) {
+FLASHCORE_HD void tile_step(const char* left, const char* right, Beside& beside) {
   constexpr int count = sizeof(terms) / sizeof(Term);
   if constexpr (n < count) {
     constexpr int i = terms[n].left, j = terms[n].right;
     constexpr int i_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].left;
     constexpr int j_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].right;
     if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes, 64);
-    if constexpr (i != i_before) tile_load<4>(left + i * left_part, left_stride);
+    if constexpr (i != i_before) tile_load<4>(left + 2 * i * tile_bytes, 64);
     tile_multiply_add<0, 4, 6>();
     if constexpr (count == 1) beside();
     if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes, 64);
     tile_multiply_add<1, 4, 7>();
     beside();
     if constexpr (row_tiles == 2) {
-      if constexpr (i != i_before) tile_load<5>(left + left_row + i * left_part, left_stride);
+      if constexpr (i != i_before) tile_load<5>(left + (2 * i + 1) * tile_bytes, 64);
       tile_multiply_add<2, 5, 6>();
       if constexpr (count == 1) beside();
       tile_multiply_add<3, 5, 7>();
       beside();
     }
-    tile_step<terms, row_tiles, n + 1>(left, left_row, left_stride, left_part, right, beside);
+    tile_step<terms, row_tiles, n + 1>(left, right, beside);
   }
 }
 
@@ -285,52 +287,37 @@ FLASHCORE_HD void zero_block() {
   }
 }
 
-template <int row_tiles>
-FLASHCORE_HD void load_block(const float* from, int stride) {
-  tile_load<0>(from, 4 * stride);
-  tile_load<1>(from + tile_columns, 4 * stride);
-  if constexpr (row_tiles == 2) {
-    tile_load<2>(from + tile_rows * stride, 4 * stride);
-    tile_load<3>(from + tile_rows * stride + tile_columns, 4 * stride);
-  }
-}
+// A block in memory is [column tile][32 rows][16 columns], so that a tile lies together. (With rows farther apart the
+// loads of a tile wait for stores that seem to go to the same places: half as much time again.)
+constexpr int column_floats = amx_block * tile_columns;
 
 template <int row_tiles>
-FLASHCORE_HD void store_block(float* to, int stride) {
-  tile_store<0>(to, 4 * stride);
-  tile_store<1>(to + tile_columns, 4 * stride);
+FLASHCORE_HD void load_block(const float* from) {
+  tile_load<0>(from, 64);
+  tile_load<1>(from + column_floats, 64);
   if constexpr (row_tiles == 2) {
-    tile_store<2>(to + tile_rows * stride, 4 * stride);
-    tile_store<3>(to + tile_rows * stride + tile_columns, 4 * stride);
+    tile_load<2>(from + tile_floats, 64);
+    tile_load<3>(from + column_floats + tile_floats, 64);
   }
 }
 
-// Scores of a block: 16 · row_tiles queries with 32 keys, over `steps` times 32 elements of the head dimension. Both
-// operands are packed as [step][part][2 tiles].
-template <typename T, int row_tiles, typename Beside>
-void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride, Beside& beside) {
-  constexpr int step_bytes = Parts<T>::count * 2 * tile_bytes;
-  zero_block<row_tiles>();
-  const char* left = reinterpret_cast<const char*>(queries);
-  const char* right = reinterpret_cast<const char*>(keys);
-  for (int s = 0; s < steps; ++s, left += step_bytes, right += step_bytes) {
-    tile_step<Parts<T>::scores, row_tiles>(left, tile_bytes, 64, 2 * tile_bytes, right, beside);
+template <int row_tiles>
+FLASHCORE_HD void store_block(float* to) {
+  tile_store<0>(to, 64);
+  tile_store<1>(to + column_floats, 64);
+  if constexpr (row_tiles == 2) {
+    tile_store<2>(to + tile_floats, 64);
+    tile_store<3>(to + column_floats + tile_floats, 64);
   }
-  store_block<row_tiles>(scores, stride);
 }
 
-// Outputs of a block: out += weights of 16 · row_tiles rows (as TileAtom stores them, `row_bytes` a row) · values of 32
-// columns, packed as [32 keys][part][2 tiles], over `steps` times 32 keys. `fresh`: out counts as zeros.
-template <typename T, int row_tiles, typename Beside>
-void tile_outputs(const char* weights, int row_bytes, const uint16_t* values, int steps, bool fresh, float* out,
-                  int stride, Beside& beside) {
-  constexpr int parts = Parts<T>::count;
-  fresh ? zero_block<row_tiles>() : load_block<row_tiles>(out, stride);
-  const char* right = reinterpret_cast<const char*>(values);
-  for (int s = 0; s < steps; ++s, weights += parts * 64, right += parts * 2 * tile_bytes) {
-    tile_step<Parts<T>::outputs, row_tiles>(weights, tile_rows * row_bytes, row_bytes, 64, right, beside);
+// result += left · right, 16 · row_tiles rows with 32 columns over `steps` times 32 elements of the inner dimension, both
+// packed as [step][part][2 tiles].
+template <const auto& terms, int parts, int row_tiles, typename Beside>
+FLASHCORE_HD void tile_products(const uint16_t* left, const uint16_t* right, int steps, Beside& beside) {
+  for (int s = 0; s < steps; ++s, left += parts * 2 * tile_elements, right += parts * 2 * tile_elements) {
+    tile_step<terms, row_tiles>(reinterpret_cast<const char*>(left), reinterpret_cast<const char*>(right), beside);
   }
-  store_block<row_tiles>(out, stride);
 }
 
 // 32 columns of an output row, of each eight the lower four in `first` and the upper four in `second`, in their order.

@@ -63,11 +63,9 @@ struct ForwardTiles : TileRows<T, Score> {
   // there should be many. Packed they pass through the second-level cache.
   static constexpr int keys_of_tile = 256;
   static constexpr int step_elements = parts * 2 * tile_elements;  // of a packed block, in a step
-  // A vector more than what there is: rows of a power of two of bytes would fall into the same few sets of the cache.
-  static constexpr int score_stride = keys_of_tile + lanes;
-  static constexpr int panel_stride = panel_width + lanes;
-  static constexpr int weight_floats = keys_of_tile * Atom::key_bytes / 4 + lanes;
-  static constexpr int largest_out = max_head_dim + lanes;
+  static constexpr int panel_floats = panel_width * amx_block;  // scores of a panel
+  static constexpr int pass_floats = keys_of_tile * amx_block;  // scores of a pass
+  static constexpr int weight_floats = keys_of_tile / tile_depth * Atom::step_floats;
   static_assert(tile_q % amx_block == 0 && panel_width % amx_block == 0);
 
   // A block of rows with a packed tile of keys.
@@ -82,16 +80,16 @@ struct ForwardTiles : TileRows<T, Score> {
   };
 
   int steps;            // of the head dimension
-  int out_stride;       // head_dim in whole blocks, and a vector
+  int columns;          // head_dim in whole blocks
   int packed_elements;  // of a packed tile of keys, or of values
   int held_tiles;       // tiles of keys that are packed at a time
   uint16_t* queries;    // [block of 32 rows][step][part][2 tiles]
   uint16_t* keys;       // [tile][32 keys][step][part][2 tiles]
   uint16_t* values;     // [tile][32 columns][32 keys][part][2 tiles]
-  float* out;           // [row][out_stride]
-  float* panel_scores;  // of two panels [row of a block][panel_stride]
-  float* scores;        // [row of a block][score_stride]
-  float* weights;       // of two passes [row of a block][weight_floats]
+  float* out;           // [block of 32 rows] of `columns`
+  float* panel_scores;  // of two panels
+  float* scores;        // of a pass
+  float* weights;       // of two passes
   T* gathered;          // [keys_of_tile][head_dim]: rows that lie in pages
   RowStates<tile_q> state;
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
@@ -107,7 +105,7 @@ struct ForwardTiles : TileRows<T, Score> {
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
       : Base(p, t),
         steps(ceil_div(p.head_dim, tile_depth)),
-        out_stride(ceil_div(p.head_dim, amx_block) * amx_block + lanes) {
+        columns(ceil_div(p.head_dim, amx_block) * amx_block) {
     packed_elements = keys_of_tile * steps * tile_depth * parts;
     held_tiles = max_of(1, packed_bytes / (2 * 2 * packed_elements));
     float* at = scratch;
@@ -119,13 +117,13 @@ struct ForwardTiles : TileRows<T, Score> {
     keys = reinterpret_cast<uint16_t*>(take(held_tiles * packed_elements / 2));
     values = reinterpret_cast<uint16_t*>(take(held_tiles * packed_elements / 2));
     queries = reinterpret_cast<uint16_t*>(take(tile_q * max_head_dim * parts / 2));
-    out = take(tile_q * largest_out);
-    scores = take(amx_block * score_stride);
-    panel_scores = take(2 * amx_block * panel_stride);
-    weights = take(2 * amx_block * weight_floats);
+    out = take(tile_q * max_head_dim);
+    scores = take(pass_floats);
+    panel_scores = take(2 * panel_floats);
+    weights = take(2 * weight_floats);
     gathered = reinterpret_cast<T*>(at);
-    constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * largest_out +
-                               amx_block * (score_stride + 2 * panel_stride + 2 * weight_floats) + keys_of_tile * max_head_dim;
+    constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * max_head_dim + pass_floats +
+                               2 * panel_floats + 2 * weight_floats + keys_of_tile * max_head_dim;
     static_assert(floats + packed_bytes / 4 <= scratch_floats &&
                   4 * keys_of_tile * max_head_dim * parts <= packed_bytes);
   }
@@ -190,7 +188,7 @@ struct ForwardTiles : TileRows<T, Score> {
                        held,
                        {max_of(begin, 0) / panel_width * panel_width,
                         min_of(ceil_div(end, panel_width) * panel_width, packed)},
-                       weights + other_weights * amx_block * weight_floats,
+                       weights + other_weights * weight_floats,
                        false,
                        rows - row > tile_rows};
     for (int k = next.span.begin; k < next.span.end; k += panel_width) advance<true>(next, k);
@@ -201,7 +199,7 @@ struct ForwardTiles : TileRows<T, Score> {
   template <bool more>
   void advance(const Pass& next, int k) {
     if (weighing) prepare();
-    float* const next_scores = panel_scores + other_scores * amx_block * panel_stride;
+    float* const next_scores = panel_scores + other_scores * panel_floats;
     other_scores = !other_scores;
     int columns_end = 0;
     if (outputs_left) {
@@ -209,15 +207,21 @@ struct ForwardTiles : TileRows<T, Score> {
       int const panel = (weighed_key - weighed.span.begin) / panel_width;
       columns_end = weighing ? steps * (panel + 1) / panels : steps;
     }
-    Beside beside{*this, weighing ? weighed.height() : 0, 0, 0, 0};
+    Beside beside{score.factor, weighing ? weighed.height() : 0, 0};
+    if (weighing) {
+      beside.s = weighed_scores;
+      beside.offset = state.max + weighed.block * amx_block;
+      beside.w = weighed.weights + weighed_key / tile_depth * Atom::step_floats;
+      beside.sum = sums;
+    }
     if (more) beside.calls += 2 * steps * calls_of_step<Parts<T>::scores>(next.two_tiles ? 2 : 1);
     if (outputs_left) {
       beside.calls += (columns_end - columns_done) * (finished.span.end - finished.span.begin) / tile_depth *
                       calls_of_step<Parts<T>::outputs>(finished.two_tiles ? 2 : 1);
     }
-    if (more) scores_of_panel(next, k, next_scores, panel_stride, beside);
+    if (more) scores_of_panel(next, k, next_scores, beside);
     if (outputs_left) outputs_until(columns_end, beside);
-    while (beside.row < beside.rows) beside.weigh_row();
+    while (beside.left > 0) beside.weigh();
     if (weighing && weighed_key + panel_width == weighed.span.end) close();
     weighing = more;
     if (more) {
@@ -232,26 +236,32 @@ struct ForwardTiles : TileRows<T, Score> {
     if (outputs_left) advance<false>(finished, 0);
   }
 
-  // The weights of a panel, row after row, evenly over the calls.
+  // The weights of a panel, row after row, evenly over the calls. All that it needs is in itself: products are said to
+  // change memory, and what lies there would be read again after each.
   struct Beside {
-    ForwardTiles& tiles;
+    float factor;
     int rows, calls;
-    int row, credit;
+    const float* s = nullptr;
+    const float* offset = nullptr;
+    float* w = nullptr;
+    Vec* sum = nullptr;
+    int credit = 0;
 
     FLASHCORE_HD void operator()() {
       credit += rows;
-      while (credit >= calls) {
-        credit -= calls;
-        if (row < rows) weigh_row();
-      }
+      if (credit < calls || left == 0) return;
+      credit -= calls;
+      weigh();
     }
-    FLASHCORE_HD void weigh_row() {
-      tiles.weigh_row(tiles.weighed_scores + row * panel_stride,
-                      tiles.state.max[tiles.weighed.block * amx_block + row],
-                      tiles.weighed.weights + row * weight_floats + tiles.weighed_key * Atom::key_bytes / 4,
-                      tiles.sums[row]);
-      ++row;
+    FLASHCORE_HD void weigh() {
+      weigh_row(s, factor, *offset, w, *sum);
+      s += lanes;
+      ++offset;
+      w += lanes;
+      ++sum;
+      --left;
     }
+    int left = rows;
   };
 
   // What a panel's scores still need before they become weights.
@@ -259,10 +269,10 @@ struct ForwardTiles : TileRows<T, Score> {
     if (weighed_key == weighed.span.begin) {
       for (Vec& sum : sums) sum = splat(0.0f);
     }
-    prepare_scores(weighed, weighed_key, weighed_scores, panel_stride);
+    prepare_scores(weighed, weighed_key, weighed_scores);
     if (!fresh[weighed.block] || weighed_key != weighed.span.begin) return;
     for (int i = 0; i < weighed.height(); i += tile_rows) {
-      Vec const largest = largest_of(weighed_scores + i * panel_stride, panel_stride, {0, panel_width});
+      Vec const largest = largest_of(weighed_scores + i * lanes, {0, panel_width});
       store(state.max + weighed.block * amx_block + i, largest * splat(score.factor));
     }
   }
@@ -293,43 +303,46 @@ struct ForwardTiles : TileRows<T, Score> {
   }
 
   // The outputs of the finished pass in columns up to the blocks `end`.
-  void outputs_until(int end, auto& beside) {
-    int const first_step = finished.span.begin / tile_depth;
-    const char* const left = reinterpret_cast<const char*>(finished.weights) + first_step * parts * 64;
-    const uint16_t* const from = values + finished.held * packed_elements;
+  FLASHCORE_HD void outputs_until(int end, auto& beside) {
+    int const first_step = finished.span.begin / tile_depth, end_step = finished.span.end / tile_depth;
+    const uint16_t* const left = reinterpret_cast<const uint16_t*>(finished.weights) + first_step * step_elements;
+    const uint16_t* const right = values + finished.held * packed_elements + first_step * step_elements;
     int const packed_steps = packed_keys(finished.first_key) / tile_depth;
-    for (; columns_done < end; ++columns_done) {
-      auto const outputs = [&](auto row_tiles) {
-        tile_outputs<T, decltype(row_tiles)::value>(
-            left, 4 * weight_floats, from + (columns_done * packed_steps + first_step) * step_elements,
-            finished.span.end / tile_depth - first_step, finished.fresh,
-            out + finished.block * amx_block * out_stride + columns_done * amx_block, out_stride, beside);
-      };
-      finished.two_tiles ? outputs(Constant<2>{}) : outputs(Constant<1>{});
-    }
+    auto const outputs = [&](auto row_tiles) __attribute__((always_inline)) {
+      constexpr int n = decltype(row_tiles)::value;
+      for (; columns_done < end; ++columns_done) {
+        float* const to = out_of(finished.block) + columns_done * 2 * column_floats;
+        finished.fresh ? zero_block<n>() : load_block<n>(to);
+        tile_products<Parts<T>::outputs, parts, n>(left, right + columns_done * packed_steps * step_elements,
+                                                   end_step - first_step, beside);
+        store_block<n>(to);
+      }
+    };
+    finished.two_tiles ? outputs(Constant<2>{}) : outputs(Constant<1>{});
     outputs_left = columns_done < steps;
   }
 
-  void scores_of_panel(const Pass& p, int k, float* to, int stride, auto& beside) {
-    auto const scores_of = [&](auto row_tiles) {
-      for (int i = 0; i < panel_width; i += amx_block) {
-        tile_scores<T, decltype(row_tiles)::value>(
-            queries + p.block * steps * step_elements,
-            keys + p.held * packed_elements + (k + i) / amx_block * steps * step_elements, steps, to + i, stride,
-            beside);
+  FLASHCORE_HD void scores_of_panel(const Pass& p, int k, float* to, auto& beside) {
+    const uint16_t* const left = queries + p.block * steps * step_elements;
+    const uint16_t* const right = keys + p.held * packed_elements + k / amx_block * steps * step_elements;
+    auto const scores_of = [&](auto row_tiles) __attribute__((always_inline)) {
+      constexpr int n = decltype(row_tiles)::value;
+      for (int i = 0; i < panel_width / amx_block; ++i) {
+        zero_block<n>();
+        tile_products<Parts<T>::scores, parts, n>(left, right + i * steps * step_elements, steps, beside);
+        store_block<n>(to + i * 2 * column_floats);
       }
     };
     p.two_tiles ? scores_of(Constant<2>{}) : scores_of(Constant<1>{});
   }
 
+  float* out_of(int block) const { return out + block * amx_block * columns; }
+
   // Scores of a panel of keys, from key k of the tile on, are transformed, and those that a row does not see minus
   // infinity.
-  void prepare_scores(const Pass& p, int k, float* s, int stride) {
+  void prepare_scores(const Pass& p, int k, float* s) {
     if constexpr (!Score::plain) {
-      for (int i = 0; i < p.height(); ++i) {
-        float* const at = s + i * stride;
-        for (int j = 0; j < panel_width; j += lanes) store(at + j, transform(score, load(at + j)));
-      }
+      for (int i = 0; i < panel_floats; i += lanes) store(s + i, transform(score, load(s + i)));
     }
     int const row = p.block * amx_block, key = p.first_key + k;
     int const last = min_of(row + amx_block, rows) - 1;
@@ -340,18 +353,21 @@ struct ForwardTiles : TileRows<T, Score> {
       int const begin = mask.first_key(query) - key, end = mask.end_key(query) - key;
       for (int j = 0; j < panel_width; j += amx_block) {
         __mmask32 const unseen = ~(mask_of(end - j) & ~mask_of(begin - j));
-        _mm512_mask_storeu_ps(s + i * stride + j, static_cast<__mmask16>(unseen), nothing);
-        _mm512_mask_storeu_ps(s + i * stride + j + lanes, static_cast<__mmask16>(unseen >> 16), nothing);
+        float* const at = s + j / lanes * column_floats + i * lanes;
+        _mm512_mask_storeu_ps(at, static_cast<__mmask16>(unseen), nothing);
+        _mm512_mask_storeu_ps(at + column_floats, static_cast<__mmask16>(unseen >> 16), nothing);
       }
     }
   }
 
   // The weights of a row from a panel of its scores; their sum is added.
-  FLASHCORE_HD void weigh_row(const float* s, float offset, float* w, Vec& sum) {
+  FLASHCORE_HD static void weigh_row(const float* s, float factor, float offset, float* w, Vec& sum) {
     static_assert(panel_vectors == 4);
     Vec weight[panel_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < panel_vectors; ++v) weight[v] = load(s + v * lanes) * splat(score.factor) - splat(offset);
+    for (int v = 0; v < panel_vectors; ++v) {
+      weight[v] = load(s + v * column_floats) * splat(factor) - splat(offset);
+    }
     if constexpr (rough) {
       exp2_by_table(weight);
     } else {
@@ -359,17 +375,19 @@ struct ForwardTiles : TileRows<T, Score> {
     }
     sum = sum + sum_of(weight);
     Atom::store_weights(w, {weight[0], weight[1]});
-    Atom::store_weights(w + amx_block * Atom::key_bytes / 4, {weight[2], weight[3]});
+    Atom::store_weights(w + Atom::step_floats, {weight[2], weight[3]});
   }
 
   // Of sixteen rows' scores.
-  static Vec largest_of(const float* s, int stride, Span span) {
+  static Vec largest_of(const float* s, Span span) {
     Vec v[sixteen];
 #pragma GCC unroll 1
     for (int i = 0; i < sixteen; ++i) {
-      const float* const at = s + i * stride;
-      v[i] = load(at + span.begin);
-      for (int k = span.begin + lanes; k < span.end; k += lanes) v[i] = larger(load(at + k), v[i]);
+      const float* const at = s + i * lanes;
+      v[i] = load(at + span.begin / lanes * column_floats);
+      for (int k = span.begin / lanes + 1; k < span.end / lanes; ++k) {
+        v[i] = larger(load(at + k * column_floats), v[i]);
+      }
     }
     return across_each(v, [](Vec x, Vec y) { return larger(x, y); });
   }
@@ -378,8 +396,9 @@ struct ForwardTiles : TileRows<T, Score> {
   void weigh_anew(const Pass& p) {
     Alone alone;
     for (int k = p.span.begin; k < p.span.end; k += panel_width) {
-      scores_of_panel(p, k, scores + k, score_stride, alone);
-      prepare_scores(p, k, scores + k, score_stride);
+      float* const to = scores + k / lanes * column_floats;
+      scores_of_panel(p, k, to, alone);
+      prepare_scores(p, k, to);
     }
     for (int i = 0; i < p.height(); i += tile_rows) softmax(p, i);
   }
@@ -387,11 +406,11 @@ struct ForwardTiles : TileRows<T, Score> {
   // Sixteen rows of it.
   void softmax(const Pass& p, int first) {
     int const row = p.block * amx_block + first;
-    const float* const s = scores + first * score_stride;
+    const float* const s = scores + first * lanes;
     Vec const nothing = splat(minus_infinity());
     // A fresh block's offset is only a guess.
     Vec const old = fresh[p.block] ? nothing : load(state.max + row);
-    Vec const offset = larger(largest_of(s, score_stride, p.span) * splat(score.factor), old);
+    Vec const offset = larger(largest_of(s, p.span) * splat(score.factor), old);
     Vec const finite = where_less(nothing, offset, offset, splat(0.0f));
     float offsets[sixteen], ratio[sixteen];
     store(offsets, finite);
@@ -401,8 +420,8 @@ struct ForwardTiles : TileRows<T, Score> {
     for (int i = 0; i < sixteen; ++i) {
       sum[i] = splat(0.0f);
       for (int k = p.span.begin; k < p.span.end; k += panel_width) {
-        weigh_row(s + i * score_stride + k, offsets[i],
-                  p.weights + (first + i) * weight_floats + k * Atom::key_bytes / 4, sum[i]);
+        weigh_row(s + k / lanes * column_floats + i * lanes, score.factor, offsets[i],
+                  p.weights + k / tile_depth * Atom::step_floats + (first + i) * lanes, sum[i]);
       }
     }
     store(state.sum + row, load(state.sum + row) * ratios + across_each(sum, [](Vec x, Vec y) { return x + y; }));
@@ -411,8 +430,10 @@ struct ForwardTiles : TileRows<T, Score> {
     unsigned changed = _mm512_cmp_ps_mask((__m512)ratios, (__m512)splat(1.0f), _CMP_NEQ_UQ);
     for (; changed != 0; changed &= changed - 1) {
       int const i = __builtin_ctz(changed);
-      float* const to = out + (row + i) * out_stride;
-      for (int c = 0; c < out_stride - lanes; c += lanes) store(to + c, load(to + c) * splat(ratio[i]));
+      float* const to = out_of(p.block) + (first + i) * lanes;
+      for (int c = 0; c < columns / lanes; ++c) {
+        store(to + c * column_floats, load(to + c * column_floats) * splat(ratio[i]));
+      }
     }
   }
 
@@ -424,12 +445,12 @@ struct ForwardTiles : TileRows<T, Score> {
                                              (__m512)splat(1.0f), (__m512)sum));
       for (int i = 0; i < min_of(tile_rows, rows - row); ++i) {
         T* const to = static_cast<T*>(params.o.data) + offset_of(params.o, row + i);
-        const float* const from = out + (row + i) * out_stride;
+        const float* const from = out_of(row / amx_block) + (row % amx_block + i) * lanes;
         for (int c = 0; c < params.head_dim; c += amx_block) {
-          __m512 columns[2] = {(__m512)zero, (__m512)zero};
-          if (!fresh[row / amx_block]) in_order(from + c, from + c + lanes, columns);
+          __m512 x[2] = {(__m512)zero, (__m512)zero};
+          if (!fresh[row / amx_block]) in_order(from + c / lanes * column_floats, from + (c / lanes + 1) * column_floats, x);
           __m512 const factor = _mm512_set1_ps(inverse[i]);
-          Parts<T>::join(_mm512_mul_ps(columns[0], factor), _mm512_mul_ps(columns[1], factor), to + c,
+          Parts<T>::join(_mm512_mul_ps(x[0], factor), _mm512_mul_ps(x[1], factor), to + c,
                          params.head_dim - c);
         }
         if (params.lse) this->write_lse({state.max[row + i], state.sum[row + i]}, row + i, 0, 1.0f);
