@@ -57,6 +57,12 @@ template <int tile>
 FLASHCORE_HD void tile_load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(row_bytes) : "memory");
 }
+// Of a tile that lies together. (The compiler would keep the 64 in a vector register and fetch it from there.)
+template <int tile>
+FLASHCORE_HD void tile_load(const void* from) {
+  int64_t row_bytes;
+  asm volatile("movl $64, %k0\n\ttileloadd (%1,%0,1), %%tmm%c2" : "=&r"(row_bytes) : "r"(from), "i"(tile) : "memory");
+}
 template <int tile>
 FLASHCORE_HD void tile_store(void* to, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(row_bytes) : "memory");
@@ -86,15 +92,19 @@ FLASHCORE_HD __m512 nearest_bfloat(__m512 x) {
   __m512i const up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
   return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+// A vector of these bits that is loaded where it is used: as an integer the compiler would make it by a shuffle.
+FLASHCORE_HD __m512i bits_of_all(uint32_t bits) {
+  return _mm512_castps_si512(_mm512_set1_ps(__builtin_bit_cast(float, bits)));
+}
 // The upper halves of both, which are bfloat16: dword i has low[i] and high[i].
 FLASHCORE_HD __m512i upper_halves(__m512 low, __m512 high) {
   __m512i const moved = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
-  __m512i const upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512i const upper = bits_of_all(0xffff0000u);
   return _mm512_ternarylogic_epi32(moved, _mm512_castps_si512(high), upper, 0xd8);  // upper ? high : moved
 }
 // What the upper half leaves, exactly.
 FLASHCORE_HD __m512 rest_of(__m512 x) {
-  __m512i const upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512i const upper = bits_of_all(0xffff0000u);
   return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), upper)));
 }
 FLASHCORE_HD __m512i pair_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
@@ -115,7 +125,7 @@ struct Parts<BFloat> {
     return 0;
   }
   FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
-    __m512i const half = _mm512_set1_epi32(0x8000);  // rounds to the nearest
+    __m512i const half = bits_of_all(0x8000);  // rounds to the nearest
     to[0] = upper_halves(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(low), half)),
                          _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(high), half)));
   }
@@ -217,8 +227,8 @@ struct Parts<float> {
   }
 };
 
-// The weights of Forward's tiles as the second product's left operand, [32 keys][part][2 tiles of 16 rows]; side by side
-// the keys i and 16 + i.
+// The weights of Forward's tiles as the second product's left operand, [32 keys][part][2 tiles of 16 rows]; side by
+// side the keys i and 16 + i.
 template <typename T>
 struct TileAtom {
   using Lane = uint32_t;
@@ -252,15 +262,15 @@ FLASHCORE_HD void tile_step(const char* left, const char* right, Beside& beside)
     constexpr int i = terms[n].left, j = terms[n].right;
     constexpr int i_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].left;
     constexpr int j_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].right;
-    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes, 64);
-    if constexpr (i != i_before) tile_load<4>(left + 2 * i * tile_bytes, 64);
+    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes);
+    if constexpr (i != i_before) tile_load<4>(left + 2 * i * tile_bytes);
     tile_multiply_add<0, 4, 6>();
     if constexpr (count == 1) beside();
-    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes, 64);
+    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes);
     tile_multiply_add<1, 4, 7>();
     beside();
     if constexpr (row_tiles == 2) {
-      if constexpr (i != i_before) tile_load<5>(left + (2 * i + 1) * tile_bytes, 64);
+      if constexpr (i != i_before) tile_load<5>(left + (2 * i + 1) * tile_bytes);
       tile_multiply_add<2, 5, 6>();
       if constexpr (count == 1) beside();
       tile_multiply_add<3, 5, 7>();
@@ -293,11 +303,11 @@ constexpr int column_floats = amx_block * tile_columns;
 
 template <int row_tiles>
 FLASHCORE_HD void load_block(const float* from) {
-  tile_load<0>(from, 64);
-  tile_load<1>(from + column_floats, 64);
+  tile_load<0>(from);
+  tile_load<1>(from + column_floats);
   if constexpr (row_tiles == 2) {
-    tile_load<2>(from + tile_floats, 64);
-    tile_load<3>(from + column_floats + tile_floats, 64);
+    tile_load<2>(from + tile_floats);
+    tile_load<3>(from + column_floats + tile_floats);
   }
 }
 
@@ -311,8 +321,8 @@ FLASHCORE_HD void store_block(float* to) {
   }
 }
 
-// result += left · right, 16 · row_tiles rows with 32 columns over `steps` times 32 elements of the inner dimension, both
-// packed as [step][part][2 tiles].
+// result += left · right, 16 · row_tiles rows with 32 columns over `steps` times 32 elements of the inner dimension,
+// both packed as [step][part][2 tiles].
 template <const auto& terms, int parts, int row_tiles, typename Beside>
 FLASHCORE_HD void tile_products(const uint16_t* left, const uint16_t* right, int steps, Beside& beside) {
   for (int s = 0; s < steps; ++s, left += parts * 2 * tile_elements, right += parts * 2 * tile_elements) {

@@ -9,9 +9,10 @@
 namespace flashcore::cpu {
 namespace {
 
-// 2^x to 3e-5, 0 below 2^-126 (as exp2_of), 2^100 above. Of x the nearest multiple of 1/32 chooses a power from a table;
-// what remains, at most 1/64, takes a straight line. While tile registers multiply, half of the processor's multiply-add
-// units are theirs, so that additions and shuffles are to be preferred: three multiplies here, seven in exp2_of.
+// 2^x to 3e-5, 0 below 2^-126 (as exp2_of), 2^100 above. Of x the nearest multiple of 1/32 chooses a power from a
+// table; what remains, at most 1/64, takes a straight line. While tile registers multiply, half of the processor's
+// multiply-add units are theirs, so that additions and shuffles are to be preferred: three multiplies here, seven in
+// exp2_of.
 struct PowerTable {
   uint32_t bits[32];  // of 2^(i/32), less the i that exp2_by_table adds
 };
@@ -63,17 +64,16 @@ struct ForwardTiles : TileRows<T, Score> {
   // there should be many. Packed they pass through the second-level cache.
   static constexpr int keys_of_tile = 256;
   static constexpr int step_elements = parts * 2 * tile_elements;  // of a packed block, in a step
-  static constexpr int panel_floats = panel_width * amx_block;  // scores of a panel
-  static constexpr int pass_floats = keys_of_tile * amx_block;  // scores of a pass
+  static constexpr int panel_floats = panel_width * amx_block;     // scores of a panel
+  static constexpr int pass_floats = keys_of_tile * amx_block;     // scores of a pass
   static constexpr int weight_floats = keys_of_tile / tile_depth * Atom::step_floats;
   static_assert(tile_q % amx_block == 0 && panel_width % amx_block == 0);
 
   // A block of rows with a packed tile of keys.
   struct Pass {
     int block, first_key, held;
-    Span span;      // the keys that some of its rows see, in whole panels
+    Span span;  // the keys that some of its rows see, in whole panels
     float* weights;
-    bool fresh;     // the block has no output yet
     bool two_tiles;
 
     int height() const { return two_tiles ? amx_block : tile_rows; }
@@ -95,17 +95,18 @@ struct ForwardTiles : TileRows<T, Score> {
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
 
   // The pipeline: a panel whose scores are there and whose weights are next, and a pass whose weights are there.
-  bool weighing = false, outputs_left = false;
-  Pass weighed, finished;
+  bool weighing = false, outputs_left = false, finished_fresh = false;
+  Pass passes[3] = {};
+  int next_pass = 0;
+  const Pass* weighed = &passes[0];
+  const Pass* finished = &passes[0];
   int weighed_key = 0, columns_done = 0;
   float* weighed_scores = nullptr;
   int other_weights = 0, other_scores = 0;
   Vec sums[amx_block];  // of the weights of weighed so far
 
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
-      : Base(p, t),
-        steps(ceil_div(p.head_dim, tile_depth)),
-        columns(ceil_div(p.head_dim, amx_block) * amx_block) {
+      : Base(p, t), steps(ceil_div(p.head_dim, tile_depth)), columns(ceil_div(p.head_dim, amx_block) * amx_block) {
     packed_elements = keys_of_tile * steps * tile_depth * parts;
     held_tiles = max_of(1, packed_bytes / (2 * 2 * packed_elements));
     float* at = scratch;
@@ -183,14 +184,14 @@ struct ForwardTiles : TileRows<T, Score> {
     int const packed = packed_keys(first_key);
     if (end <= 0 || begin >= packed || begin >= end) return;
     other_weights = !other_weights;
-    Pass const next = {block,
-                       first_key,
-                       held,
-                       {max_of(begin, 0) / panel_width * panel_width,
-                        min_of(ceil_div(end, panel_width) * panel_width, packed)},
-                       weights + other_weights * weight_floats,
-                       false,
-                       rows - row > tile_rows};
+    next_pass = (next_pass + 1) % 3;
+    Pass& next = passes[next_pass];
+    next = {block,
+            first_key,
+            held,
+            {max_of(begin, 0) / panel_width * panel_width, min_of(ceil_div(end, panel_width) * panel_width, packed)},
+            weights + other_weights * weight_floats,
+            rows - row > tile_rows};
     for (int k = next.span.begin; k < next.span.end; k += panel_width) advance<true>(next, k);
   }
 
@@ -203,43 +204,43 @@ struct ForwardTiles : TileRows<T, Score> {
     other_scores = !other_scores;
     int columns_end = 0;
     if (outputs_left) {
-      int const panels = (weighed.span.end - weighed.span.begin) / panel_width;
-      int const panel = (weighed_key - weighed.span.begin) / panel_width;
+      int const panels = (weighed->span.end - weighed->span.begin) / panel_width;
+      int const panel = (weighed_key - weighed->span.begin) / panel_width;
       columns_end = weighing ? steps * (panel + 1) / panels : steps;
     }
-    Beside beside{score.factor, weighing ? weighed.height() : 0, 0};
+    Beside beside{&score.factor, weighing ? weighed->height() : 0, 0};
     if (weighing) {
       beside.s = weighed_scores;
-      beside.offset = state.max + weighed.block * amx_block;
-      beside.w = weighed.weights + weighed_key / tile_depth * Atom::step_floats;
+      beside.offset = state.max + weighed->block * amx_block;
+      beside.w = weighed->weights + weighed_key / tile_depth * Atom::step_floats;
       beside.sum = sums;
     }
     if (more) beside.calls += 2 * steps * calls_of_step<Parts<T>::scores>(next.two_tiles ? 2 : 1);
     if (outputs_left) {
-      beside.calls += (columns_end - columns_done) * (finished.span.end - finished.span.begin) / tile_depth *
-                      calls_of_step<Parts<T>::outputs>(finished.two_tiles ? 2 : 1);
+      beside.calls += (columns_end - columns_done) * (finished->span.end - finished->span.begin) / tile_depth *
+                      calls_of_step<Parts<T>::outputs>(finished->two_tiles ? 2 : 1);
     }
     if (more) scores_of_panel(next, k, next_scores, beside);
     if (outputs_left) outputs_until(columns_end, beside);
     while (beside.left > 0) beside.weigh();
-    if (weighing && weighed_key + panel_width == weighed.span.end) close();
+    if (weighing && weighed_key + panel_width == weighed->span.end) close();
     weighing = more;
     if (more) {
-      weighed = next;
+      weighed = &next;
       weighed_key = k;
       weighed_scores = next_scores;
     }
   }
 
   void finish() {
-    if (weighing) advance<false>(weighed, 0);
-    if (outputs_left) advance<false>(finished, 0);
+    if (weighing) advance<false>(*weighed, 0);
+    if (outputs_left) advance<false>(*finished, 0);
   }
 
   // The weights of a panel, row after row, evenly over the calls. All that it needs is in itself: products are said to
   // change memory, and what lies there would be read again after each.
   struct Beside {
-    float factor;
+    const float* factor;
     int rows, calls;
     const float* s = nullptr;
     const float* offset = nullptr;
@@ -254,7 +255,7 @@ struct ForwardTiles : TileRows<T, Score> {
       weigh();
     }
     FLASHCORE_HD void weigh() {
-      weigh_row(s, factor, *offset, w, *sum);
+      weigh_row(s, *factor, *offset, w, *sum);
       s += lanes;
       ++offset;
       w += lanes;
@@ -266,59 +267,59 @@ struct ForwardTiles : TileRows<T, Score> {
 
   // What a panel's scores still need before they become weights.
   void prepare() {
-    if (weighed_key == weighed.span.begin) {
+    if (weighed_key == weighed->span.begin) {
       for (Vec& sum : sums) sum = splat(0.0f);
     }
-    prepare_scores(weighed, weighed_key, weighed_scores);
-    if (!fresh[weighed.block] || weighed_key != weighed.span.begin) return;
-    for (int i = 0; i < weighed.height(); i += tile_rows) {
+    prepare_scores(*weighed, weighed_key, weighed_scores);
+    if (!fresh[weighed->block] || weighed_key != weighed->span.begin) return;
+    for (int i = 0; i < weighed->height(); i += tile_rows) {
       Vec const largest = largest_of(weighed_scores + i * lanes, {0, panel_width});
-      store(state.max + weighed.block * amx_block + i, largest * splat(score.factor));
+      store(state.max + weighed->block * amx_block + i, largest * splat(score.factor));
     }
   }
 
   // The end of a pass: takes in its sums. Weights that are too large, or not numbers because a row had no offset, are
   // computed anew.
   void close() {
-    int const row = weighed.block * amx_block;
+    int const row = weighed->block * amx_block;
     Vec total[amx_block / tile_rows];
     bool good = true;
-    for (int i = 0; i < weighed.height(); i += tile_rows) {
+    for (int i = 0; i < weighed->height(); i += tile_rows) {
       total[i / tile_rows] =
           across_each(reinterpret_cast<const Vec(&)[sixteen]>(sums[i]), [](Vec x, Vec y) { return x + y; });
       good &= _mm512_cmp_ps_mask((__m512)total[i / tile_rows], _mm512_set1_ps(0x1p16f), _CMP_NLT_UQ) == 0;
     }
     if (good) {
-      for (int i = 0; i < weighed.height(); i += tile_rows) {
+      for (int i = 0; i < weighed->height(); i += tile_rows) {
         store(state.sum + row + i, load(state.sum + row + i) + total[i / tile_rows]);
       }
     } else {
-      weigh_anew(weighed);
+      weigh_anew(*weighed);
     }
     finished = weighed;
-    finished.fresh = fresh[weighed.block];
-    fresh[weighed.block] = false;
+    finished_fresh = fresh[weighed->block];
+    fresh[weighed->block] = false;
     outputs_left = true;
     columns_done = 0;
   }
 
   // The outputs of the finished pass in columns up to the blocks `end`.
   FLASHCORE_HD void outputs_until(int end, auto& beside) {
-    int const first_step = finished.span.begin / tile_depth, end_step = finished.span.end / tile_depth;
-    const uint16_t* const left = reinterpret_cast<const uint16_t*>(finished.weights) + first_step * step_elements;
-    const uint16_t* const right = values + finished.held * packed_elements + first_step * step_elements;
-    int const packed_steps = packed_keys(finished.first_key) / tile_depth;
+    int const first_step = finished->span.begin / tile_depth, end_step = finished->span.end / tile_depth;
+    const uint16_t* const left = reinterpret_cast<const uint16_t*>(finished->weights) + first_step * step_elements;
+    const uint16_t* const right = values + finished->held * packed_elements + first_step * step_elements;
+    int const packed_steps = packed_keys(finished->first_key) / tile_depth;
     auto const outputs = [&](auto row_tiles) __attribute__((always_inline)) {
       constexpr int n = decltype(row_tiles)::value;
       for (; columns_done < end; ++columns_done) {
-        float* const to = out_of(finished.block) + columns_done * 2 * column_floats;
-        finished.fresh ? zero_block<n>() : load_block<n>(to);
+        float* const to = out_of(finished->block) + columns_done * 2 * column_floats;
+        finished_fresh ? zero_block<n>() : load_block<n>(to);
         tile_products<Parts<T>::outputs, parts, n>(left, right + columns_done * packed_steps * step_elements,
                                                    end_step - first_step, beside);
         store_block<n>(to);
       }
     };
-    finished.two_tiles ? outputs(Constant<2>{}) : outputs(Constant<1>{});
+    finished->two_tiles ? outputs(Constant<2>{}) : outputs(Constant<1>{});
     outputs_left = columns_done < steps;
   }
 
@@ -448,10 +449,10 @@ struct ForwardTiles : TileRows<T, Score> {
         const float* const from = out_of(row / amx_block) + (row % amx_block + i) * lanes;
         for (int c = 0; c < params.head_dim; c += amx_block) {
           __m512 x[2] = {(__m512)zero, (__m512)zero};
-          if (!fresh[row / amx_block]) in_order(from + c / lanes * column_floats, from + (c / lanes + 1) * column_floats, x);
+          if (!fresh[row / amx_block])
+            in_order(from + c / lanes * column_floats, from + (c / lanes + 1) * column_floats, x);
           __m512 const factor = _mm512_set1_ps(inverse[i]);
-          Parts<T>::join(_mm512_mul_ps(x[0], factor), _mm512_mul_ps(x[1], factor), to + c,
-                         params.head_dim - c);
+          Parts<T>::join(_mm512_mul_ps(x[0], factor), _mm512_mul_ps(x[1], factor), to + c, params.head_dim - c);
         }
         if (params.lse) this->write_lse({state.max[row + i], state.sum[row + i]}, row + i, 0, 1.0f);
       }
