@@ -237,12 +237,12 @@ struct TileRows {
   void write_row(const float* out, const SoftmaxRow& total, int row, int key_head = 0) const {
     narrow(out, total.inverse_sum(), params.head_dim,
            static_cast<T*>(params.o.data) + offset_of(params.o, row, key_head));
-    if (params.lse) write_lse(total, row, key_head, score.factor);
+    if (params.lse) write_lse(total, row, key_head);
   }
 
-  void write_lse(const SoftmaxRow& total, int row, int key_head, float factor) const {
+  void write_lse(const SoftmaxRow& total, int row, int key_head = 0) const {
     int64_t const head = tile.sequence.batch * params.heads_q + head_of(row, key_head);
-    params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(factor);
+    params.lse[head * params.seqlen_q + tile.sequence.first_q + query_of(row)] = total.lse(score.factor);
   }
 };
 
