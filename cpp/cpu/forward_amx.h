@@ -32,6 +32,7 @@ struct ForwardTiles : TileRows<T, Score> {
     bool two_tiles;
     float* scores;
     float* weights;
+    float ratio[amx_block];  // what its weights make of the outputs so far
 
     int height() const { return two_tiles ? amx_block : tile_rows; }
     int panels() const { return (span.end - span.begin) / panel_width; }
@@ -54,7 +55,7 @@ struct ForwardTiles : TileRows<T, Score> {
   // The pipeline: a pass whose scores are there and whose weights are next, and one whose weights are there.
   Pass passes[3] = {};
   int last_pass = 0;
-  const Pass* weighed = nullptr;
+  Pass* weighed = nullptr;
   const Pass* finished = nullptr;
 
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
@@ -137,24 +138,20 @@ struct ForwardTiles : TileRows<T, Score> {
     ++last_pass;
     bool const odd = last_pass % 2 != 0;
     Pass& next = passes[last_pass % 3];
-    next = {block,
-            first_key,
-            held,
-            {max_of(begin, 0) / panel_width * panel_width, min_of(ceil_div(end, panel_width) * panel_width, packed)},
-            rows - row > tile_rows,
-            scores + odd * pass_floats,
-            weights + odd * weight_floats};
+    next.block = block;
+    next.first_key = first_key;
+    next.held = held;
+    next.span = {max_of(begin, 0) / panel_width * panel_width,
+                 min_of(ceil_div(end, panel_width) * panel_width, packed)};
+    next.two_tiles = rows - row > tile_rows;
+    next.scores = scores + odd * pass_floats;
+    next.weights = weights + odd * weight_floats;
     advance(&next);
   }
 
   // The work is a pipeline: scores of a pass and outputs of the last but one, which are products, beside the weights of
   // the last, which are the vector units' work.
-  void advance(const Pass* next) {
-    if (finished && weighed && finished->block == weighed->block) {
-      Alone alone;
-      outputs(*finished, alone);
-      finished = nullptr;
-    }
+  void advance(Pass* next) {
     Vec sums[amx_block];
     float offset[amx_block];
     Beside beside;
@@ -228,8 +225,8 @@ struct ForwardTiles : TileRows<T, Score> {
     }
   };
 
-  // What must be before the scores of a pass become weights: the maxima, and what the outputs so far become of them.
-  void begin_weights(const Pass& p, float* offset) {
+  // What must be before the scores of a pass become weights: the maxima.
+  void begin_weights(Pass& p, float* offset) {
     for (int k = p.span.begin; k < p.span.end; k += panel_width) {
       prepare_scores(p, k, p.scores + (k - p.span.begin) / lanes * column_floats);
     }
@@ -243,22 +240,26 @@ struct ForwardTiles : TileRows<T, Score> {
       store(offset + first, finite);
       store(state.max + row, largest);
       store(state.sum + row, load(state.sum + row) * ratios);
-      if (fresh[p.block]) continue;
-      float ratio[tile_rows];
-      store(ratio, ratios);
-      // Where rows have a new maximum: of 16 tiles of random keys in three.
-      unsigned changed = _mm512_cmp_ps_mask((__m512)ratios, (__m512)splat(1.0f), _CMP_NEQ_UQ);
+      store(p.ratio + first, ratios);
+    }
+  }
+
+  // The outputs so far of rows that had a new maximum: of 16 tiles of random keys in three.
+  void rescale(const Pass& p) {
+    for (int first = 0; first < p.height(); first += tile_rows) {
+      unsigned changed = _mm512_cmp_ps_mask((__m512)load(p.ratio + first), (__m512)splat(1.0f), _CMP_NEQ_UQ);
       for (; changed != 0; changed &= changed - 1) {
-        int const i = __builtin_ctz(changed);
-        float* const to = out_of(p.block) + (first + i) * lanes;
+        int const row = first + __builtin_ctz(changed);
+        float* const to = out_of(p.block) + row * lanes;
         for (int c = 0; c < columns / lanes; ++c) {
-          store(to + c * column_floats, load(to + c * column_floats) * splat(ratio[i]));
+          store(to + c * column_floats, load(to + c * column_floats) * splat(p.ratio[row]));
         }
       }
     }
   }
 
   FLASHCORE_HD void outputs(const Pass& p, auto& beside) {
+    if (!fresh[p.block]) rescale(p);
     int const first_step = p.span.begin / tile_depth, packed_steps = packed_keys(p.first_key) / tile_depth;
     const uint16_t* const left = reinterpret_cast<const uint16_t*>(weights_at(p, p.span.begin));
     const uint16_t* const right = values + p.held * packed_elements + first_step * step_elements;
@@ -296,7 +297,12 @@ struct ForwardTiles : TileRows<T, Score> {
   // infinity.
   void prepare_scores(const Pass& p, int k, float* s) {
     if constexpr (!Score::plain) {
-      for (int i = 0; i < panel_floats; i += lanes) store(s + i, transform(score, load(s + i)));
+      for (int c = 0; c < panel_vectors; ++c) {
+        for (int i = 0; i < p.height(); ++i) {
+          float* const at = s + c * column_floats + i * lanes;
+          store(at, transform(score, load(at)));
+        }
+      }
     }
     int const row = p.block * amx_block, key = p.first_key + k;
     int const last = min_of(row + amx_block, rows) - 1;
