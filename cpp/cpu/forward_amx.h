@@ -150,7 +150,10 @@ struct ForwardTiles : TileRows<T, Score> {
   }
 
   // The work is a pipeline: scores of a pass and outputs of the last but one, which are products, beside the weights of
-  // the last, which are the vector units' work.
+  // the last, which are the vector units' work. (One thread, 2,048 keys, D 128: 1.35 times as fast as one after the
+  // other in float32, 1.2 in float16 and 1.05 in bfloat16. While tile registers multiply, only one of the processor's
+  // two units multiplies vectors, and the packed keys and values do not fit the first-level cache; to fetch them, or
+  // the lines that scores go to, ahead made it slower.)
   void advance(Pass* next) {
     Vec sums[amx_block];
     float offset[amx_block];
@@ -258,6 +261,7 @@ struct ForwardTiles : TileRows<T, Score> {
     }
   }
 
+  // Adds to the outputs of a block what a pass makes of the values.
   FLASHCORE_HD void outputs(const Pass& p, auto& beside) {
     if (!fresh[p.block]) rescale(p);
     int const first_step = p.span.begin / tile_depth, packed_steps = packed_keys(p.first_key) / tile_depth;
