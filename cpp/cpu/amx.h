@@ -17,6 +17,7 @@ constexpr int tile_columns = 16;                       // of float32; of bfloat1
 constexpr int tile_depth = 32;                         // elements of the inner dimension that one product takes
 constexpr int tile_elements = tile_rows * tile_depth;  // bfloat16 of a tile
 constexpr int tile_bytes = 2 * tile_elements;
+constexpr int tile_floats = tile_rows * tile_columns;
 constexpr int amx_block = 32;  // rows and columns of a block: 2 x 2 tiles of the result
 
 // Rows of each tile register, and bytes of a row.
@@ -56,6 +57,12 @@ template <int tile>
 FLASHCORE_HD void tile_load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(row_bytes) : "memory");
 }
+// Of a tile that lies together. (The compiler would keep the 64 in a vector register and fetch it from there.)
+template <int tile>
+FLASHCORE_HD void tile_load(const void* from) {
+  int64_t row_bytes;
+  asm volatile("movl $64, %k0\n\ttileloadd (%1,%0,1), %%tmm%c2" : "=&r"(row_bytes) : "r"(from), "i"(tile) : "memory");
+}
 template <int tile>
 FLASHCORE_HD void tile_store(void* to, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(row_bytes) : "memory");
@@ -85,15 +92,19 @@ FLASHCORE_HD __m512 nearest_bfloat(__m512 x) {
   __m512i const up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
   return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+// A vector of these bits that is loaded where it is used: as an integer the compiler would make it by a shuffle.
+FLASHCORE_HD __m512i bits_of_all(uint32_t bits) {
+  return _mm512_castps_si512(_mm512_set1_ps(__builtin_bit_cast(float, bits)));
+}
 // The upper halves of both, which are bfloat16: dword i has low[i] and high[i].
 FLASHCORE_HD __m512i upper_halves(__m512 low, __m512 high) {
   __m512i const moved = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
-  __m512i const upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512i const upper = bits_of_all(0xffff0000u);
   return _mm512_ternarylogic_epi32(moved, _mm512_castps_si512(high), upper, 0xd8);  // upper ? high : moved
 }
 // What the upper half leaves, exactly.
 FLASHCORE_HD __m512 rest_of(__m512 x) {
-  __m512i const upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512i const upper = bits_of_all(0xffff0000u);
   return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), upper)));
 }
 FLASHCORE_HD __m512i pair_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
@@ -114,7 +125,7 @@ struct Parts<BFloat> {
     return 0;
   }
   FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
-    __m512i const half = _mm512_set1_epi32(0x8000);  // rounds to the nearest
+    __m512i const half = bits_of_all(0x8000);  // rounds to the nearest
     to[0] = upper_halves(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(low), half)),
                          _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(high), half)));
   }
@@ -216,57 +227,56 @@ struct Parts<float> {
   }
 };
 
-// The weights of Forward's tiles as the second product's left operand: of 32 keys the first part, then the second, ...;
-// side by side the keys i and 16 + i.
+// Weights as the second product's left operand, [32 keys][part][2 tiles of 16 rows]; side by side the keys i and 16 +
+// i.
 template <typename T>
 struct TileAtom {
-  using Lane = uint32_t;
   static constexpr int parts = Parts<T>::count;
-  static constexpr int key_bytes = 2 * parts;
-  static constexpr bool in_place = key_bytes <= 4;  // weights fit where the scores were
+  static constexpr int step_floats = parts * 2 * tile_bytes / 4;  // weights of 32 keys
 
-  FLASHCORE_HD static void store_weights(Lane* row, int k, const Vec (&weights)[panel_vectors]) {
-#pragma GCC unroll 2
-    for (int v = 0; v < panel_vectors; v += 2) {
-      __m512i to[parts];
-      Parts<T>::split_weights((__m512)weights[v], (__m512)weights[v + 1], to);
+  // Of a row and 32 keys, at `to`.
+  FLASHCORE_HD static void store_weights(float* to, const Vec (&weights)[2]) {
+    __m512i part[parts];
+    Parts<T>::split_weights((__m512)weights[0], (__m512)weights[1], part);
 #pragma GCC unroll 3
-      for (int i = 0; i < parts; ++i) _mm512_storeu_si512(row + (k + v * lanes) * key_bytes / 4 + i * lanes, to[i]);
-    }
+    for (int i = 0; i < parts; ++i) _mm512_storeu_si512(to + i * 2 * tile_floats, part[i]);
   }
 };
 
 // One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
-// operand's parts in tiles 4 and 5 (`left_part` and `left_row` bytes apart), the right one's in 6 and 7.
-template <const auto& terms, int row_tiles, int n = 0>
-FLASHCORE_HD void tile_step(const char* left, int64_t left_row, int left_stride, int left_part, const char* right) {
+// operand's parts in tiles 4 and 5, the right one's in 6 and 7. Calls of `beside` stand among the products: what they
+// do runs meanwhile. With one term they stand after each product: the processor looks ahead only so far (weights of 16
+// keys and their scores, D 128, bfloat16: 9.1 cycles, after every fourth product 10.6, not interleaved 11.5).
+template <const auto& terms, int row_tiles, int n = 0, typename Beside>
+FLASHCORE_HD void tile_step(const char* left, const char* right, Beside& beside) {
   constexpr int count = sizeof(terms) / sizeof(Term);
   if constexpr (n < count) {
     constexpr int i = terms[n].left, j = terms[n].right;
     constexpr int i_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].left;
     constexpr int j_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].right;
-    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes, 64);
-    if constexpr (i != i_before) tile_load<4>(left + i * left_part, left_stride);
+    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes);
+    if constexpr (i != i_before) tile_load<4>(left + 2 * i * tile_bytes);
     tile_multiply_add<0, 4, 6>();
-    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes, 64);
+    if constexpr (count == 1) beside();
+    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes);
     tile_multiply_add<1, 4, 7>();
+    beside();
     if constexpr (row_tiles == 2) {
-      if constexpr (i != i_before) tile_load<5>(left + left_row + i * left_part, left_stride);
+      if constexpr (i != i_before) tile_load<5>(left + (2 * i + 1) * tile_bytes);
       tile_multiply_add<2, 5, 6>();
+      if constexpr (count == 1) beside();
       tile_multiply_add<3, 5, 7>();
+      beside();
     }
-    tile_step<terms, row_tiles, n + 1>(left, left_row, left_stride, left_part, right);
+    tile_step<terms, row_tiles, n + 1>(left, right, beside);
   }
 }
 
-// Brings the lines that a block will be stored to into the first-level cache, while its products are computed: stores
-// that miss it wait for each other (D 128, 2048 keys: 16% of the time).
-template <int row_tiles>
-FLASHCORE_HD void fetch_block(const float* at, int stride) {
-  for (int i = 0; i < row_tiles * tile_rows; ++i) {
-    __builtin_prefetch(at + i * stride, 1, 3);
-    __builtin_prefetch(at + i * stride + tile_columns, 1, 3);
-  }
+// How often a step calls `beside`.
+template <const auto& terms>
+constexpr int calls_of_step(int row_tiles) {
+  constexpr int count = sizeof(terms) / sizeof(Term);
+  return row_tiles * (count == 1 ? 2 : count);
 }
 
 template <int row_tiles>
@@ -279,53 +289,36 @@ FLASHCORE_HD void zero_block() {
   }
 }
 
-template <int row_tiles>
-FLASHCORE_HD void load_block(const float* from, int stride) {
-  tile_load<0>(from, 4 * stride);
-  tile_load<1>(from + tile_columns, 4 * stride);
-  if constexpr (row_tiles == 2) {
-    tile_load<2>(from + tile_rows * stride, 4 * stride);
-    tile_load<3>(from + tile_rows * stride + tile_columns, 4 * stride);
-  }
-}
+// A block in memory is [column tile][32 rows][16 columns]: a tile lies together.
+constexpr int column_floats = amx_block * tile_columns;
 
 template <int row_tiles>
-FLASHCORE_HD void store_block(float* to, int stride) {
-  tile_store<0>(to, 4 * stride);
-  tile_store<1>(to + tile_columns, 4 * stride);
+FLASHCORE_HD void load_block(const float* from) {
+  tile_load<0>(from);
+  tile_load<1>(from + column_floats);
   if constexpr (row_tiles == 2) {
-    tile_store<2>(to + tile_rows * stride, 4 * stride);
-    tile_store<3>(to + tile_rows * stride + tile_columns, 4 * stride);
+    tile_load<2>(from + tile_floats);
+    tile_load<3>(from + column_floats + tile_floats);
   }
 }
 
-// Scores of a block: 16 · row_tiles queries with 32 keys, over `steps` times 32 elements of the head dimension. Both
-// operands are packed as [step][part][2 tiles].
-template <typename T, int row_tiles>
-void tile_scores(const uint16_t* queries, const uint16_t* keys, int steps, float* scores, int stride) {
-  constexpr int step_bytes = Parts<T>::count * 2 * tile_bytes;
-  fetch_block<row_tiles>(scores, stride);
-  zero_block<row_tiles>();
-  const char* left = reinterpret_cast<const char*>(queries);
-  const char* right = reinterpret_cast<const char*>(keys);
-  for (int s = 0; s < steps; ++s, left += step_bytes, right += step_bytes) {
-    tile_step<Parts<T>::scores, row_tiles>(left, tile_bytes, 64, 2 * tile_bytes, right);
+template <int row_tiles>
+FLASHCORE_HD void store_block(float* to) {
+  tile_store<0>(to, 64);
+  tile_store<1>(to + column_floats, 64);
+  if constexpr (row_tiles == 2) {
+    tile_store<2>(to + tile_floats, 64);
+    tile_store<3>(to + column_floats + tile_floats, 64);
   }
-  store_block<row_tiles>(scores, stride);
 }
 
-// Outputs of a block: out += weights of 16 · row_tiles rows (as TileAtom stores them, `row_bytes` a row) · values of 32
-// columns, packed as [32 keys][part][2 tiles], over `steps` times 32 keys. `fresh`: out counts as zeros.
-template <typename T, int row_tiles>
-void tile_outputs(const char* weights, int row_bytes, const uint16_t* values, int steps, bool fresh, float* out,
-                  int stride) {
-  constexpr int parts = Parts<T>::count;
-  fresh ? zero_block<row_tiles>() : load_block<row_tiles>(out, stride);
-  const char* right = reinterpret_cast<const char*>(values);
-  for (int s = 0; s < steps; ++s, weights += parts * 64, right += parts * 2 * tile_bytes) {
-    tile_step<Parts<T>::outputs, row_tiles>(weights, tile_rows * row_bytes, row_bytes, 64, right);
+// result += left · right, 16 · row_tiles rows with 32 columns over `steps` times 32 elements of the inner dimension,
+// both packed as [step][part][2 tiles].
+template <const auto& terms, int parts, int row_tiles, typename Beside>
+FLASHCORE_HD void tile_products(const uint16_t* left, const uint16_t* right, int steps, Beside& beside) {
+  for (int s = 0; s < steps; ++s, left += parts * 2 * tile_elements, right += parts * 2 * tile_elements) {
+    tile_step<terms, row_tiles>(reinterpret_cast<const char*>(left), reinterpret_cast<const char*>(right), beside);
   }
-  store_block<row_tiles>(out, stride);
 }
 
 // 32 columns of an output row, of each eight the lower four in `first` and the upper four in `second`, in their order.

@@ -182,9 +182,8 @@ struct Forward : TileRows<T, Score> {
     if constexpr (!masked) {
       for (int i = 0; i < count * block_rows; i += sixteen) {
         int const here = min_of(sixteen, min_of(rows - row, count * block_rows) - i);
-        softmax_rows<false, false, Atom>(score, here, scores + i * tile_k, tile_k,
-                                         reinterpret_cast<Lane*>(scores + i * tile_k), tile_k, span[0], nullptr,
-                                         nullptr, state.max + row + i, state.sum + row + i, ratio + i);
+        softmax_rows<Atom>(score, here, scores + i * tile_k, tile_k, span[0], state.max + row + i, state.sum + row + i,
+                           ratio + i);
       }
       return;
     }

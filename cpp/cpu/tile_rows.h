@@ -133,16 +133,13 @@ FLASHCORE_HD Vec across_each(const Vec (&v)[sixteen], Of of) {
   return quarters(d, d, Constant<0xd8>{});
 }
 
-// softmax_row for `count` rows side by side, up to sixteen, which does not wait for the maximum of each: 7.5 cycles a
-// vector of scores in place of 15. All have the same span; first and end are read where `masked`. `max`, `sum` and
-// `ratio` have sixteen places. Weights of a row lie `weight_stride` lanes behind those of the one before.
-template <bool masked, bool rough, typename Atom, typename Score>
-FLASHCORE_HD void softmax_rows(const Score& score, int count, float* scores, int stride, typename Atom::Lane* weights,
-                               int weight_stride, Span span, const int* first, const int* end, float* max, float* sum,
-                               float* ratio) {
+// softmax_row without masks for `count` rows side by side, up to sixteen, which does not wait for the maximum of each:
+// 7.5 cycles a vector of scores in place of 15. All have the same span; `max`, `sum` and `ratio` have sixteen places.
+// Weights take the scores' place.
+template <typename Atom, typename Score>
+FLASHCORE_HD void softmax_rows(const Score& score, int count, float* scores, int stride, Span span, float* max,
+                               float* sum, float* ratio) {
   Vec const nothing = splat(minus_infinity());
-  Span seen = span;  // by all
-  for (int i = 0; masked && i < count; ++i) seen = {max_of(seen.begin, first[i]), min_of(seen.end, end[i])};
   Vec v[sixteen];
 #pragma GCC unroll 1
   for (int i = 0; i < sixteen; ++i) {
@@ -152,16 +149,7 @@ FLASHCORE_HD void softmax_rows(const Score& score, int count, float* scores, int
       Vec x[panel_vectors];
 #pragma GCC unroll 4
       for (int j = 0; j < panel_vectors; ++j) x[j] = transform(score, load(at + j * lanes));
-      bool const changes = masked && (k < seen.begin || k + panel_width > seen.end);
-      if (changes) {
-        Vec index = lane_indices() + splat(static_cast<float>(k));
-        Vec const from = splat(static_cast<float>(first[i])), to = splat(static_cast<float>(end[i]));
-#pragma GCC unroll 4
-        for (int j = 0; j < panel_vectors; ++j, index = index + splat(static_cast<float>(lanes))) {
-          x[j] = where_less(index, to, where_less(index, from, nothing, x[j]), nothing);
-        }
-      }
-      if (changes || !Score::plain) {
+      if constexpr (!Score::plain) {
 #pragma GCC unroll 4
         for (int j = 0; j < panel_vectors; ++j) store(at + j * lanes, x[j]);
       }
@@ -183,9 +171,9 @@ FLASHCORE_HD void softmax_rows(const Score& score, int count, float* scores, int
       for (int j = 0; j < panel_vectors; ++j) {
         weight[j] = (load(scores + i * stride + k + j * lanes) - splat(offsets[i])) * splat(score.factor);
       }
-      exp2_of<rough>(weight);
+      exp2_of(weight);
       v[i] = v[i] + sum_of(weight);
-      Atom::store_weights(weights + i * weight_stride, k, weight);
+      Atom::store_weights(reinterpret_cast<typename Atom::Lane*>(scores + i * stride), k, weight);
     }
   }
   Vec const ratios = exp2_of((old_max - offset) * splat(score.factor));
