@@ -249,14 +249,11 @@ struct ForwardTiles : TileRows<T, Score> {
 
   // The outputs so far of rows that had a new maximum: of 16 tiles of random keys in three.
   void rescale(const Pass& p) {
-    for (int first = 0; first < p.height(); first += tile_rows) {
-      unsigned changed = _mm512_cmp_ps_mask((__m512)load(p.ratio + first), (__m512)splat(1.0f), _CMP_NEQ_UQ);
-      for (; changed != 0; changed &= changed - 1) {
-        int const row = first + __builtin_ctz(changed);
-        float* const to = out_of(p.block) + row * lanes;
-        for (int c = 0; c < columns / lanes; ++c) {
-          store(to + c * column_floats, load(to + c * column_floats) * splat(p.ratio[row]));
-        }
+    for (int row = 0; row < p.height(); ++row) {
+      if (p.ratio[row] == 1.0f) continue;
+      float* const to = out_of(p.block) + row * lanes;
+      for (int c = 0; c < columns / lanes; ++c) {
+        store(to + c * column_floats, load(to + c * column_floats) * splat(p.ratio[row]));
       }
     }
   }
