@@ -55,7 +55,8 @@ double bfloat16_loop([[maybe_unused]] int64_t repetitions, [[maybe_unused]] floa
   TileRegisters const tiles;
   alignas(64) uint32_t little[tile_elements / 2];
   for (uint32_t& pair : little) pair = 0x2f802f80;  // two 2^-32
-  tile_load<0>(registers, 0);                       // all rows from the first
+  // All rows from the first.
+  tile_load<0>(registers, 0);
   tile_load<1>(registers, 0);
   tile_load<2>(registers, 0);
   tile_load<3>(registers, 0);

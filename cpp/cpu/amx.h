@@ -245,8 +245,8 @@ struct TileAtom {
 
 // One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
 // operand's parts in tiles 4 and 5, the right one's in 6 and 7. Calls of `beside` stand among the products: what they
-// do runs meanwhile. With one term they stand after each product: the processor looks ahead only so far (weights of 16
-// keys and their scores, D 128, bfloat16: 9.1 cycles, after every fourth product 10.6, not interleaved 11.5).
+// do runs meanwhile. With one term they stand after each product, not after every fourth: the processor looks ahead
+// only so far.
 template <const auto& terms, int row_tiles, int n = 0, typename Beside>
 FLASHCORE_HD void tile_step(const char* left, const char* right, Beside& beside) {
   constexpr int count = sizeof(terms) / sizeof(Term);
