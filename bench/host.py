@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
+
+from suites import reports_of
 
 OURS, PEER = "flashcore.attention", "torch's scaled_dot_product_attention"
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The reports of a folder, by device."""
-    reports = []
-    for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
-        if report.get("kind") == "host":
-            reports.append({**report, "file": path.name})
-    return sorted(reports, key=lambda r: (r["device"], r["file"]))
+    return sorted(reports_of(folder, "host"), key=lambda r: (r["device"], r["file"]))
 
 
 def _us(value: float | None) -> str:

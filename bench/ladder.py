@@ -7,11 +7,12 @@ The same reports give the same text, so bench/report.py --check compares it. Nee
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import pathlib
 from html import escape
 from typing import Any
+
+from suites import reports_of
 
 WIDTH, LEFT, RIGHT, TOP, ROW, BOTTOM = 760, 170, 24, 74, 26, 46
 
@@ -26,12 +27,7 @@ LOOKS = (
 
 def load(folder: pathlib.Path) -> list[list[dict[str, Any]]]:
     """The reports of a folder by device, each group from the least work to the most."""
-    reports = []
-    for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
-        if report.get("kind") == "ladder":
-            reports.append({**report, "file": path.name})
-    reports.sort(key=lambda r: (r["device"], _work(r), r["file"]))
+    reports = sorted(reports_of(folder, "ladder"), key=lambda r: (r["device"], _work(r), r["file"]))
     return [list(group) for _, group in itertools.groupby(reports, key=lambda r: r["device"])]
 
 

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
+
+from suites import reports_of
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The reports of a folder, by device."""
-    reports = []
-    for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
-        if report.get("kind") == "decoder":
-            reports.append({**report, "file": path.name})
-    return sorted(reports, key=lambda r: (r["device"], r["file"]))
+    return sorted(reports_of(folder, "decoder"), key=lambda r: (r["device"], r["file"]))
 
 
 def section(report: dict[str, Any]) -> str:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pathlib
 import random
 import statistics
 from dataclasses import dataclass
@@ -24,6 +26,12 @@ TITLES = {
     "cpu": "CPU",
     "cpu_decode": "CPU, decode over a cache: 32 query heads and 8 key heads",
 }
+
+
+def reports_of(folder: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+    """The result files of a folder that are of this kind, with their names as "file"."""
+    reports = [{**json.loads(path.read_text()), "file": path.name} for path in sorted(folder.glob("*.json"))]
+    return [report for report in reports if report.get("kind") == kind]
 
 
 def rate_of(suite: str) -> tuple[str, str, float]:
