@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "attention/combine.h"
+#include "attention/dependent.cuh"
 #include "core/cuda_check.h"
 #include "core/once_per_device.h"
 #include "flashcore/plan.h"
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
   using Tile = typename Config::Tile;
   constexpr int head_dim = Config::head_dim, slices = Config::slices, rows = Config::rows, tile_k = Config::tile_k;
   constexpr int chunks = head_dim / 8;
-  let_dependents_launch();
+  launch_dependents();
 
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   DecodeSchedule const& schedule = p.schedule;
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(Config::threads) decode_kernel(__grid_constant
     for (int m = 0; m < slices; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float const sum = sum_of_quad(work.state[m][half].sum);
+        float const sum = quad_sum(work.state[m][half].sum);
         int const row = lane / 4 + m * 16 + half * 8;
         if (lane % 4 == 0) {
           warp_max[warp][row] = work.state[m][half].max;

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "attention/combine.h"
+#include "attention/dependent.cuh"
 #include "core/cuda_check.h"
 #include "sm80/decode_params.h"
 
@@ -29,7 +30,7 @@ __device__ __forceinline__ void store_rounded(__nv_bfloat16* to, float low, floa
 template <class Element, class Find>
 __global__ void __launch_bounds__(32 * merge_warps)
     merge_kernel(__grid_constant__ DecodeParams const p, __grid_constant__ Find const find) {
-  let_dependents_launch();
+  launch_dependents();
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const column = blockIdx.y * merge_columns + lane * 4;
   int64_t const number = int64_t{blockIdx.x} * merge_warps + warp;
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(32 * merge_warps)
   int const pair = exists ? static_cast<int>(number / p.rows) : 0, row = exists ? static_cast<int>(number % p.rows) : 0;
   int const sequence = pair / p.heads_k, head_k = pair - sequence * p.heads_k;
   auto const parts = find(p, sequence, head_k * p.row_tiles + row / p.tile_rows, lane);
-  wait_for_primary();
+  wait_for_prerequisites();
   if (!exists || parts.count == 1) return;
 
   // 32 parts at a time: lane l has the log-sum-exp of the l-th, and four columns of all, of eight at once. A larger one

@@ -89,17 +89,4 @@ struct LineScan {
   }
 };
 
-// Programmatic dependent launch (compute capability 9.0, in code compiled for it): the merge's blocks are started while
-// the decode kernel still runs, and wait for the end of all of it.
-__device__ __forceinline__ void let_dependents_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_primary() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 }  // namespace flashcore::sm80

@@ -3,21 +3,12 @@
 // of queries, and the rows' online softmax. The kernels differ in how keys and values come to shared memory.
 #pragma once
 
+#include "attention/quad.cuh"
 #include "attention/softmax.h"
 #include "sm80/decode_params.h"
 #include "sm80/tensor_core.h"
 
 namespace flashcore::sm80 {
-
-// The largest over the four lanes that share a row of an accumulator, and their sum.
-__device__ __forceinline__ float largest_of_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float sum_of_quad(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // `Tile` is how keys and values lie in shared memory: tile.right(offset, d) is d slices of 16 columns to the right.
 // Queries lie in a SharedTile. All lanes call every member.
@@ -135,7 +126,7 @@ struct DecodeRows {
         SoftmaxRow& row = state[m][half];
         float const top =
             fmaxf(fmaxf(s[m][0][2 * half], s[m][0][2 * half + 1]), fmaxf(s[m][1][2 * half], s[m][1][2 * half + 1]));
-        ratio[m][half] = row.raise(fmaxf(row.max, largest_of_quad(top)), factor);
+        ratio[m][half] = row.raise(fmaxf(row.max, quad_max(top)), factor);
         rose |= ratio[m][half] != 1.0f;
         float const offset = SoftmaxRow::offset(row.max, factor);
 #pragma unroll

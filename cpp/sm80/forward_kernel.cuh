@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/mask.h"
+#include "attention/quad.cuh"
 #include "attention/scheduler.h"
 #include "attention/score.h"
 #include "attention/softmax.h"
@@ -71,16 +72,6 @@ struct TileCopy {
     }
   }
 };
-
-// The largest over the four lanes that share a row of an accumulator, and their sum.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // The same value, but nothing derived from it is hoisted out of a loop: the kernel is short of registers, and an
 // address recomputed in each iteration is cheaper than one spilled to local memory (which both compilers' passes would

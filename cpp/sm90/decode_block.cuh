@@ -4,6 +4,7 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include "attention/dependent.cuh"
 #include "sm80/decode_rows.cuh"
 #include "sm90/cluster.h"
 #include "sm90/decode_parts.cuh"

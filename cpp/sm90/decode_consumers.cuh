@@ -81,7 +81,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   DecodePart place_of_q;
   int index;
   if (known) place_of_q = even_part<Config>(a, index);
-  sm80::wait_for_primary();
+  wait_for_prerequisites();
   if (!known) {
     wait_for_part<Config>();
     place_of_q = part;

@@ -93,7 +93,7 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     SoftmaxRow const& state = work.state[0][half];
-    float const sum = sm80::sum_of_quad(state.sum);
+    float const sum = quad_sum(state.sum);
     int const at = key_warp * rows + first_row + half * 8 + lane / 4;
     if (acts && lane % 4 == 0) shared.maxima()[at] = state.max, shared.sums()[at] = sum;
   }

@@ -16,6 +16,7 @@
 #include "sm90/decode_consumers.cuh"
 #include "sm90/decode_finish.cuh"
 #include "sm90/decode_producer.cuh"
+#include "sm90/dependent_launch.h"
 
 namespace flashcore::sm90 {
 
@@ -101,19 +102,10 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         preparing);
   });
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(Config::threads);
-  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_memory);
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-  config.attrs = attributes;
-  config.numAttrs = plan.cluster > 1 ? 2 : 1;
-  cuda_check(cudaLaunchKernelEx(&config, kernel, arguments), "launching the sm90 decode kernel");
+  launch_dependent(
+      kernel,
+      {dim3(static_cast<unsigned>(plan.blocks)), Config::threads, plan.shared_memory, plan.cluster, /*early=*/true},
+      stream, arguments, "launching the sm90 decode kernel");
 }
 
 }  // namespace flashcore::sm90

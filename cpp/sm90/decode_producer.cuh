@@ -74,8 +74,8 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   for (int pass = a.even.divisor > 0 ? 0 : 1; pass < 2; ++pass) {
     bool const acts = pass == 1;
     if (acts) {
-      sm80::wait_for_primary();
-      if (!a.late) sm80::let_dependents_launch();
+      wait_for_prerequisites();
+      if (!a.late) launch_dependents();
     }
     if (a.even.divisor > 0) {
       int index;
@@ -144,7 +144,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     }
     if (i > 0 || !ahead) load(row, part.head, block, true);
   }
-  if (a.late) sm80::let_dependents_launch();
+  if (a.late) launch_dependents();
 }
 
 }  // namespace flashcore::sm90

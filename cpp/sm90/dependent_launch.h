@@ -7,14 +7,11 @@
 
 #include <cuda_runtime.h>
 
+#include "attention/dependent.cuh"
 #include "core/cuda_check.h"
 #include "core/forward_params.h"
 
 namespace flashcore::sm90 {
-
-// Lets the next kernel of the stream be launched, and waits until the one before has finished and its writes are seen.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Asks for a row of an array, `lines` times 128 bytes, to be brought into the L2 cache. All kernels share that, so this
 // may be done while the kernel before still writes the array.

@@ -136,17 +136,21 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     if (job.range.count() == 1 && rows_of_values(job) < tile_k) clear_tail(values, rows_of_values(job));
   };
 
-  // The output of the job that waits.
-  auto const finish = [&] {
-    if (!Config::pipelined || !pending) return;
-    clear_values_that_wait(place);
+  // A job's last product with values, and its output.
+  auto const end_job = [&](int number) {
     shared.full[place.slot].wait(place.phase);
     issue_output(place.slot);
     cute::warpgroup_wait<0>();
     hold(o);
     release(shared.empty[place.slot]);
     place.advance();
-    store<Config>(a, place_of(job_before()), lane, o, state);
+    store<Config>(a, place_of(job_at(number)), lane, o, state);
+  };
+  // Of the job that waits.
+  auto const finish = [&] {
+    if (!Config::pipelined || !pending) return;
+    clear_values_that_wait(place);
+    end_job(current.before());
     pending = false;
   };
   // Gives a tile back that this warpgroup has no use for: not before it has come, or the slot's turns would be counted
@@ -362,13 +366,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     if constexpr (Config::pipelined) {
       pending = true;
     } else {
-      shared.full[place.slot].wait(place.phase);
-      issue_output(place.slot);
-      cute::warpgroup_wait<0>();
-      hold(o);
-      release(shared.empty[place.slot]);
-      place.advance();
-      store<Config>(a, place_of(job_at(current.number)), lane, o, state);
+      end_job(current.number);
     }
     current.advance();
   }

@@ -2,20 +2,11 @@
 // A tile's scores in a warpgroup's registers: masks, maxima, weights and their sums.
 #pragma once
 
+#include "attention/quad.cuh"
 #include "attention/softmax.h"
 #include "sm90/forward_block.cuh"
 
 namespace flashcore::sm90 {
-
-// The largest over the four lanes that share a row of an accumulator, and their sum.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // A lane's place in the accumulators of its warpgroup's 64 rows: x[4 n + i] is column 8 n + column() + i % 2 of row
 // `row` + i / 2 · 8.
