@@ -237,11 +237,14 @@ def test_plan_on_hopper(device, gpu, head_dim, rows):
         items = batch * 2 * row_tiles
         assert p.tiles == items * 128
         assert p.kernel == "sm90_decode" and p.blocks >= items
-        if batch == 1:  # as long as itself: as many parts as blocks that run at once
-            assert p.blocks == items * p.splits <= 2 * GPUS[gpu] < 2 * GPUS[gpu] + items and p.splits > 1
+        assert p.splits > 1
+        if batch == 1 and row_tiles == 1:
+            assert p.blocks == items * p.splits * 8 == 64 and clusters(p) == 8
+        elif batch == 1:  # as long as itself: as many parts as blocks that run at once
+            assert p.blocks == items * p.splits <= 2 * GPUS[gpu] < 2 * GPUS[gpu] + items
         else:
-            assert items < p.blocks and p.splits > 1
-        assert p.workspace == p.blocks * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
+            assert items < p.blocks
+        assert p.workspace == p.blocks // clusters(p) * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
         stage = 2 * 64 * 128 * -(-p.head_dim // 64)
         assert p.shared_memory >= 2 * stage  # two tiles on their way
         assert decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size, backend="sm90") == p
@@ -259,8 +262,21 @@ def test_plan_of_clusters(device):
             p = decode_plan("h100", 1, tokens, 2 * heads_k, heads_k, page_size=page_size)
             assert p.blocks == heads_k * cluster and p.splits == 1 and p.workspace == 0
             assert clusters(p) == cluster and p.shared_memory <= BLOCK_BYTES["h100"]
-    assert decode_plan("h100", heads_q=40, heads_k=5).workspace > 0  # 40 blocks are too few
-    for options in ({"tokens": 9}, {"batch": 2}, {"keys": 256}):
+    # 40 blocks are too few: two parts of each head, or more where there are fewer heads, and a merge.
+    for heads_k, cluster, parts in ((5, 8, 2), (4, 8, 2), (2, 8, 4), (1, 8, 8), (11, 4, 2), (40, 1, 2)):
+        p = decode_plan("h100", heads_q=4 * heads_k, heads_k=heads_k, keys=8192)
+        assert p.blocks == heads_k * cluster * parts and p.splits == parts and p.workspace > 0
+        assert clusters(p) == cluster
+    # Tiles of half the size, on twice the blocks.
+    for heads_k, cluster in ((8, 8), (16, 8), (32, 4), (64, 2)):
+        p = decode_plan("h100", heads_q=heads_k, heads_k=heads_k, head_dim=64, keys=8192)
+        assert p.blocks == heads_k * cluster and p.splits == 1 and clusters(p) == cluster
+    # A few sequences, each as if it were alone, while all blocks run at once.
+    for batch, heads_k, head_dim, cluster in ((2, 8, 128, 8), (4, 8, 128, 8), (2, 4, 128, 8), (4, 32, 64, 2)):
+        p = decode_plan("h100", batch, heads_q=4 * heads_k, heads_k=heads_k, head_dim=head_dim, keys=8192)
+        assert p.blocks == batch * heads_k * cluster * p.splits <= 264 and clusters(p) == cluster
+        assert p.splits == (2 if heads_k == 4 else 1)
+    for options in ({"tokens": 9}, {"batch": 5}, {"keys": 256}):
         p = decode_plan("h100", **options)
         assert p.kernel == "sm90_decode" and p.workspace > 0 and clusters(p) == 1, options
 
@@ -280,6 +296,26 @@ def test_plan_of_sequences_that_may_differ(device):
     for tokens, head_dim, blocks in ((1, 128, 264), (8, 128, 132), (8, 64, 264), (1, 256, 132)):
         p = decode_plan("h100", 8, tokens, head_dim=head_dim, keys=8192)
         assert p.blocks == 8 * 8 + 4 * blocks and clusters(p) == 1 and p.workspace > 0, (tokens, head_dim)
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h100"])
+def test_plan_of_prompts(device, gpu):
+    """Queries that fill tiles take the forward kernel, but where the cache has pages."""
+    kernels = {"a100": ("sm80_forward", "sm80_decode"), "h100": ("sm90_forward", "sm90_decode")}[gpu]
+
+    def kernel(*args, **options):
+        return decode_plan(gpu, *args, **options).kernel
+
+    assert kernel(1, 8192, keys=8192) == kernel(8, 64, keys=8192) == kernel(64, 100) == kernels[0]
+    few = kernel(1, 17, keys=8192), kernel(64, 16), kernel(64, 20, heads_k=32)
+    assert set(few) == {kernels[1]} == {kernel(1, 8192, keys=8192, page_size=64)}
+    # The heads of a group share a tile on Hopper alone.
+    assert kernel(64, 17) == kernels[gpu == "a100"]
+    # A sequence's kernel must not depend on its neighbours, where that is asked for.
+    assert kernel(1, 17, batch_invariant=True) == kernel(64, 17, batch_invariant=True) == kernels[1]
+    assert kernel(1, 4096, batch_invariant=True) == kernel(64, 4096, batch_invariant=True) == kernels[0]
+    short = decode_plan(gpu, 64, 128, 8, 8, 64, keys=256)  # whose attention is a small problem's
+    assert short.kernel == kernels[0] and short.workspace == 0
 
 
 def test_plan_without_parts(device):

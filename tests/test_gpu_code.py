@@ -56,7 +56,7 @@ def test_every_instance_of_this_gpu(device):
                         assert any(line.startswith(start) and line.endswith(end) for line in ran)
             if backend == "sm90":  # packed heads, and each of head dimension 64's tiles
                 assert all(any(dtype in line and f"packed {n}" in line for line in ran) for n in (3, 4))
-                assert {192, 128} <= {
+                assert {256, 128} <= {
                     int(line.split()[5]) for line in ran if f"sm90_forward {dtype} head_dim 64 " in line
                 }
 

@@ -74,6 +74,32 @@ def test_long_sequences(arrays, page_size):
     make(arrays, [30000], 1, (4, 1), 64, page_size=page_size, seed=9).run()
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 200, 256])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_prompts(arrays, head_dim, layout):
+    """Many queries a sequence: on the GPU the forward kernel's, with more room than keys, and fewer keys than
+    queries."""
+    lengths, tokens = [150, 0, 700, 64, 149, 1, 333, 512], 150
+    for i, options in enumerate(OPTIONS):
+        decoding = make(arrays, lengths, tokens, (12, 4), head_dim, capacity=800, seed=head_dim + i)
+        if layout == "bshd":
+            decoding.run(options, f"{options}")
+            continue
+        given = [x.swapaxes(1, 2) for x in (decoding.query, decoding.key_cache, decoding.value_cache)]
+        seqlens = decoding.seqlens()
+        out, lse = flashcore.attention_kvcache(*given, seqlens, layout=layout, return_lse=True, **options.keywords())
+        decoding.check(out.swapaxes(1, 2), lse, options, f"{options}")
+        plain = flashcore.attention_kvcache(*given, seqlens, layout=layout, **options.keywords())
+        decoding.check(plain.swapaxes(1, 2), None, options, f"{options}, no lse")
+
+
+def test_prompts_are_appended(arrays):
+    """Many new tokens, whose keys are among those that their queries see."""
+    for page_size in (0, 64):
+        decoding = make(arrays, [200, 0, 31, 500], 150, (12, 4), 64, new=150, page_size=page_size, capacity=768)
+        decoding.run(Options(causal=True))
+
+
 def test_long_capacity(arrays):
     """Much room for few keys: the grid is made for the room, the work is not."""
     make(arrays, [5, 0, 130], 1, (8, 2), 64, capacity=40000).run()

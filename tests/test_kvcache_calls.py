@@ -343,6 +343,41 @@ def test_graph_replayed_with_other_lengths(arrays, page_size, batch_invariant):
         decoding.check(graph.out, graph.lse, Options(causal=True), f"{now}")
 
 
+def test_graph_of_a_prompt_replayed_with_other_lengths(arrays):
+    gpu_only(arrays)
+    decoding = make(arrays, [5000, 64, 900, 1], 300, (8, 2), 128, capacity=5120, seed=4)
+    keys, values = list(decoding.keys), list(decoding.values)
+    graph = Captured(decoding, causal=True)
+    for scale in (1.0, 0.5, 0.0, 0.3):
+        now = [int(n * scale) for n in (5000, 64, 900, 1)]
+        graph.lengths.copy_(arrays.int32(now))
+        arrays.poison_in_place(graph.out)
+        graph.graph.replay()
+        torch.cuda.synchronize()
+        decoding.keys = [k[:n] for k, n in zip(keys, now, strict=True)]
+        decoding.values = [v[:n] for v, n in zip(values, now, strict=True)]
+        decoding.check(graph.out, graph.lse, Options(causal=True), f"{now}")
+
+
+@pytest.mark.parametrize("lengths", [[10, -1, 999, 400], [2**31 - 1, 3, -(2**31), 401]], ids=str)
+def test_corrupt_lengths_of_prompts_touch_nothing_outside(arrays, lengths):
+    """The guards around the cache are NaN; so is the rest of it."""
+    gpu_only(arrays)
+    shapes = {"query": (4, 150, 12, 64), "key_cache": (4, 400, 4, 64), "value_cache": (4, 400, 4, 64)}
+    placed = {
+        name: place(arrays, shape, arrays.half, "contiguous", arrays.random(shape, arrays.half, 7 + i))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    target = place(arrays, shapes["query"], arrays.half, "contiguous")
+    views = [p.view for p in placed.values()]
+    flashcore.attention_kvcache(*views, arrays.int32(lengths), causal=True, out=target.view)
+    expected = flashcore.attention_kvcache(*views, arrays.int32([min(max(n, 0), 400) for n in lengths]), causal=True)
+    arrays.synchronize()
+    assert not bool((target.view != target.view).any()) and arrays.same_bits(target.view, expected)
+    for p in (*placed.values(), target):
+        assert p.surroundings_intact()
+
+
 def test_two_graphs_side_by_side(arrays):
     """Replayed at once on two streams, each with a workspace of its own."""
     gpu_only(arrays)

@@ -11,7 +11,7 @@ namespace {
 
 // Keys of sequence `b` in the cache before the call: so many that the new ones fit behind them.
 FLASHCORE_HD int cached_keys(const KvCacheParams& p, int b) {
-  return clamp_to(p.cache_seqlens[b], 0, p.seqlen_k - p.new_tokens);
+  return p.cache_seqlens == nullptr ? p.seqlen_k : clamp_to(p.cache_seqlens[b], 0, p.seqlen_k - p.new_tokens);
 }
 
 // The block of the cache (its index along the batch stride) that holds key `key` of sequence `b`, and the row of it;

@@ -48,7 +48,7 @@ struct DecodeParts {
   Divisor aimed;       // parts that all items together are divided into, beyond one each
   Divisor alike;       // parts of each item where all have about the same length: no more than aimed allows
   int32_t batch;       // sequences
-  int32_t most_parts;  // of an item, batch_invariant: then its own length alone decides; else 0
+  int32_t most_parts;  // of an item, where its own length alone decides (batch_invariant, few sequences); else 0
   Divisor most;        // the same
 
   // The tiles of keys that some query of a sequence with `keys` keys sees.

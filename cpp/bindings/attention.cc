@@ -5,6 +5,7 @@
 
 #include "arrays.h"
 #include "bind.h"
+#include "core/problem_facts.h"
 #include "core/recent_plans.h"
 #include "flashcore/flashcore.h"
 #include "gil.h"
@@ -107,7 +108,7 @@ nb::object attention_kvcache(nb::handle query, nb::handle key_cache, nb::handle 
   Problem options;
   set_options(options, {causal, window, scale, softcap, batch_invariant, backend});
   options.layout = layout_from(layout);
-  KvCacheProblem problem = kvcache_of(options);
+  KvCacheProblem problem = cache_of(options);
   bool const with_lse = bool_from("return_lse", return_lse);
   Arrays arrays;
   problem.query = arrays.input("query", query);

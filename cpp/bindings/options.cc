@@ -80,22 +80,6 @@ void set_options(Problem& problem, const Options& options) {
   problem.backend = backend_from(options.backend);
 }
 
-KvCacheProblem kvcache_of(const Problem& problem) {
-  KvCacheProblem cached;
-  cached.query = problem.query;
-  cached.key_cache = problem.key;
-  cached.value_cache = problem.value;
-  cached.layout = problem.layout;
-  cached.causal = problem.causal;
-  cached.window_left = problem.window_left;
-  cached.window_right = problem.window_right;
-  cached.scale = problem.scale;
-  cached.softcap = problem.softcap;
-  cached.batch_invariant = problem.batch_invariant;
-  cached.backend = problem.backend;
-  return cached;
-}
-
 Layout layout_from(nb::handle layout) {
   if (is_string(layout, "bshd")) return Layout::bshd;
   if (is_string(layout, "bhsd")) return Layout::bhsd;

@@ -23,9 +23,6 @@ struct Options {
 
 void set_options(Problem& problem, const Options& options);
 
-// A problem over a cache with the arrays and options of `problem`, whose keys and values are the caches.
-KvCacheProblem kvcache_of(const Problem& problem);
-
 Layout layout_from(nb::handle layout);
 DType dtype_from(nb::handle dtype);
 bool bool_from(const char* name, nb::handle value);

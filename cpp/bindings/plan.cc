@@ -128,7 +128,7 @@ ExplainedPlan make_plan(nb::handle query, nb::handle key, nb::handle value, nb::
     return explained(problem);
   }
   if (problem.varlen()) throw ValueError("cache_seqlens: it does not go with cu_seqlens_q");
-  KvCacheProblem decoding = kvcache_of(problem);
+  KvCacheProblem decoding = cache_of(problem);
   decoding.cache_seqlens = read("cache_seqlens", cache_seqlens, int32);
   decoding.page_table = read("page_table", page_table, int32);
   return explained(decoding);

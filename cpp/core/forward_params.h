@@ -28,7 +28,8 @@ struct ForwardParams {
   // Variable-length: null otherwise.
   const int32_t* cu_seqlens_q;  // (batch + 1)
   const int32_t* cu_seqlens_k;  // (batch + 1)
-  const int32_t* seqused_k;     // (batch), or null
+
+  const int32_t* seqused_k;  // (batch): how many keys of each sequence count, counted from the first; null: all
 
   int32_t batch;  // sequences, when variable-length
   int32_t heads_q, heads_k;

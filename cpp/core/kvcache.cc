@@ -37,6 +37,31 @@ Problem options_of(const KvCacheProblem& problem) {
   return options;
 }
 
+KvCacheProblem cache_of(const Problem& problem) {
+  KvCacheProblem cache;
+  cache.query = problem.query;
+  cache.key_cache = problem.key;
+  cache.value_cache = problem.value;
+  cache.out = problem.out;
+  cache.lse = problem.lse;
+  cache.layout = problem.layout;
+  cache.causal = problem.causal;
+  cache.window_left = problem.window_left;
+  cache.window_right = problem.window_right;
+  cache.scale = problem.scale;
+  cache.softcap = problem.softcap;
+  cache.batch_invariant = problem.batch_invariant;
+  cache.backend = problem.backend;
+  cache.stream = problem.stream;
+  return cache;
+}
+
+Problem forward_of(const KvCacheProblem& problem) {
+  Problem forward = options_of(problem);
+  forward.seqused_k = problem.cache_seqlens;
+  return forward;
+}
+
 Sizes sizes(const KvCacheProblem& problem) {
   Sizes s = sizes(options_of(problem));
   if (problem.paged()) s.seqlen_k *= problem.page_table.shape[1];

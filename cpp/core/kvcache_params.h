@@ -14,7 +14,7 @@ namespace flashcore {
 // Of the base, k and v are the caches, whose batch stride is the page's where there are pages, seqlen_q the tokens of a
 // sequence, and seqlen_k the keys that a sequence's part of the cache holds.
 struct KvCacheParams : ForwardParams {
-  const int32_t* cache_seqlens;  // (batch)
+  const int32_t* cache_seqlens;  // (batch), or null: all of seqlen_k
   const int32_t* page_table;     // (batch, seqlen_k / page_size), or null
   int64_t page_table_stride;     // from one sequence to the next
   int32_t pages;

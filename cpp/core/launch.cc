@@ -4,6 +4,7 @@
 
 #include "core/forward_params.h"
 #include "core/kvcache_params.h"
+#include "core/problem_facts.h"
 #include "core/recent_plans.h"
 #include "cpu/cpu.h"
 #include "flashcore/flashcore.h"
@@ -19,6 +20,11 @@ namespace flashcore {
 
 void launch(const Problem& problem, const Plan& plan, [[maybe_unused]] void* workspace) {
   if (plan.blocks == 0) return;  // no queries
+  if (decodes(plan)) {
+    bool const has_room = plan.workspace == 0 || workspace != nullptr;
+    if (has_room) return launch(cache_of(problem), plan, workspace);
+    return launch(problem, plan_forward(problem, device_properties(problem.query.device)));
+  }
   ForwardParams const params = forward_params(problem);
   DType const dtype = problem.query.dtype;
   switch (plan.backend) {
@@ -49,15 +55,18 @@ void launch(const Problem& problem, const Plan& plan, [[maybe_unused]] void* wor
 }
 
 void launch(const KvCacheProblem& problem, const Plan& plan, void* workspace) {
-  static_cast<void>(workspace);  // the CPU needs none
-  KvCacheParams const params = kvcache_params(problem);
   DType const dtype = problem.query.dtype;
   if (plan.backend == Backend::cpu) {
-    cpu::forward_kvcache(params, dtype, plan);
+    cpu::forward_kvcache(kvcache_params(problem), dtype, plan);
+    return;
+  }
+  if (!decodes(plan)) {
+    launch(forward_of(problem), plan, workspace);
     return;
   }
 #if FLASHCORE_HAS_CUDA
   if (plan.blocks == 0) return;  // no queries and nothing to append
+  KvCacheParams const params = kvcache_params(problem);
   CurrentDevice const current(problem.query.device.index);
 #if FLASHCORE_HAS_SM90
   if (plan.backend == Backend::sm90) {

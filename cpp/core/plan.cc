@@ -305,7 +305,7 @@ const SmallChoice* small_choice(int head_dim, int64_t keys, int64_t tiles, const
 std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   ForcedKernel const forced = forced_kernel();
-  if (forced.large || problem.varlen() || problem.batch_invariant) return std::nullopt;
+  if (forced.large || problem.varlen() || problem.seqused_k.present() || problem.batch_invariant) return std::nullopt;
   // Beyond this no row holds, and the number of tiles might not fit its type.
   constexpr double most_tiles = 1e6;
   double const about = static_cast<double>(s.batch) * static_cast<double>(s.heads_q) * (s.seqlen_q / 64.0 + 1);
@@ -423,6 +423,11 @@ int cpu_splits(const Sizes& s, Layout layout) {
 }
 
 Plan plan(const Problem& problem, const DeviceProperties& device) {
+  std::optional<Plan> const few = plan_few_queries(problem, device);
+  return few ? *few : plan_forward(problem, device);
+}
+
+Plan plan_forward(const Problem& problem, const DeviceProperties& device) {
   if (device.type == DeviceType::cpu) {
     if (problem.backend == Backend::sm80 || problem.backend == Backend::sm90) {
       throw ValueError(std::string("backend: got \"") + to_string(problem.backend) +
@@ -444,6 +449,7 @@ Plan plan(const Problem& problem, const DeviceProperties& device) {
 }
 
 std::string explain(const Problem& problem, const DeviceProperties& device, const Plan& plan) {
+  if (decodes(plan)) return explain(cache_of(problem), device, plan);
   Sizes const s = sizes(problem);
   std::string const why = problem.backend == Backend::automatic ? "" : " (backend forced)";
   std::string text;

@@ -3,7 +3,10 @@
 // properties. How the keys are divided among the blocks is decided on the device, from the lengths
 // (attention/decode_schedule.h); here stands how many blocks there are and how much they may need.
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
+#include <optional>
+#include <string_view>
 
 #include "attention/decode_parts.h"
 #include "attention/decode_tile.h"
@@ -72,12 +75,16 @@ struct Work {
         tiles_a_line(std::max<int64_t>((s.seqlen_k + DecodeSchedule::tile_k - 1) / DecodeSchedule::tile_k, 1)) {}
 };
 
-// Everything that is counted stays within 63 bits.
-void check_countable(const Sizes& s) {
+// Whether everything that is counted stays within 63 bits.
+bool countable(const Sizes& s) {
   Work const work(s, 16);
   double const rows = static_cast<double>(s.batch) * static_cast<double>(s.heads_q) * static_cast<double>(s.seqlen_q);
-  if (static_cast<double>(work.items) * static_cast<double>(work.tiles_a_line) > 1LL << 47 ||
-      rows > std::numeric_limits<int32_t>::max()) {
+  return static_cast<double>(work.items) * static_cast<double>(work.tiles_a_line) <= 1LL << 47 &&
+         rows <= std::numeric_limits<int32_t>::max();
+}
+
+void check_countable(const Sizes& s) {
+  if (!countable(s)) {
     throw ValueError("query: batch " + std::to_string(s.batch) + " times heads " + std::to_string(s.heads_q) +
                      " times tokens " + std::to_string(s.seqlen_q) +
                      " is too much for one call; expected a smaller batch");
@@ -140,47 +147,50 @@ bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& devi
               static_cast<double>(s.heads_k * s.head_dim));
 }
 
-// How many blocks, as a cluster, share a part, and how many parts an item falls into: where all are about as long, or
-// batch_invariant at most.
+// How many blocks, as a cluster, share a part, and how many parts an item falls into: by its own length, at most, or
+// where all are about as long.
 struct Division {
   int cluster, parts;
+  bool by_own_length;
 };
 
-// As many blocks as read the cache at its full speed, with a multiprocessor each and room for the next call's beside
-// them. More in clusters were slower, whose place on the GPU is not free.
+// As many blocks as read a sequence's part of the cache at its full speed, with a multiprocessor each and room for the
+// next call's beside them; twice as many for tiles half as large, or where several tiles of rows read the same keys and
+// products are what takes time. More in clusters were slower, whose place on the GPU is not free.
 constexpr int most_blocks = 64, least_blocks = 48;
 
-// The largest cluster that gives `items` no more than `most` blocks.
-int cluster_of(int64_t items, int most) {
+// A sequence divided as if it were alone: among the blocks of clusters, which merge by themselves, as large as they may
+// be; in more than one part each, merged by another kernel, where these blocks are too few. H100, 8 key heads of
+// dimension 128, one sequence, us: 4,096 keys 9.3 (in 32 parts 13.6), 32,768 46.8 (48.9), with 16 rows 47.6 (60),
+// 131,072 keys 177 (178); 8,192 keys of 4 heads 12.2 (in 64 parts 20.5), of 2 heads 9.9 (28.1), of one 9.0 (25.2).
+Division division_alone(const Work& work, int most, bool by_own_length) {
   int cluster = HopperDecodeTile::most_cluster;
-  while (cluster > 1 && items * cluster > most) cluster /= 2;
-  return cluster;
-}
-
-// batch_invariant, a sequence is divided as if it were alone, by its own length: into more than one part where the
-// blocks of its clusters are too few. Several tiles of rows read the same keys: then products are what takes time.
-Division invariant_division(const Work& work, bool one_row_tile) {
-  int const most = one_row_tile ? most_blocks : 2 * most_blocks, cluster = cluster_of(work.lines, most);
+  while (cluster > 1 && work.lines * cluster > most) cluster /= 2;
+  int64_t const blocks = work.lines * cluster;
+  int64_t parts = std::max<int64_t>(most_blocks / blocks, 1);
+  if (parts * blocks < least_blocks) ++parts;
   int64_t const whole_parts = (work.tiles_a_line + DecodeSchedule::part_tiles - 1) / DecodeSchedule::part_tiles;
-  return {cluster, static_cast<int>(std::clamp<int64_t>(most / (work.lines * cluster), 1, whole_parts))};
+  return {cluster, static_cast<int>(std::clamp<int64_t>(parts, 1, whole_parts)), by_own_length};
 }
 
-// Where a single sequence's items are so few that as many clusters run at once, a cluster takes one, and nothing is
-// left to merge by another kernel. H100, 8 key heads, us: 4,096 keys 9.3 (in 32 parts 13.6), 32,768 46.8 (48.9), with
-// 16 rows 47.6 (60), 131,072 keys 177 (178). Elsewhere all blocks that run at once have a part: 8 sequences of 8,192
-// keys in 4 parts 93 us, in 2 104.
-Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work, int tile_rows,
-                     int blocks_a_unit) {
-  bool const one_row_tile = work.rows <= tile_rows;
-  if (problem.batch_invariant) return invariant_division(work, one_row_tile);
-  if (problem.query.shape[0] == 1 && one_row_tile && device.units >= 2 * most_blocks) {
-    int const cluster = cluster_of(work.items, most_blocks);
-    int64_t const blocks = work.items * cluster;
-    if (blocks >= least_blocks && blocks <= most_blocks && cluster <= work.tiles_a_line) return {cluster, 1};
+// Each sequence as if it were alone where all blocks of that run at once, of a few sequences in smaller clusters (two
+// of 8,192 keys and 4 key heads 20.1 us, in 33 parts 26.5). Elsewhere all blocks that run at once have a part: 8
+// sequences of 8,192 keys in 4 parts 93 us, in 2 104.
+Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
+                     HopperDecodeTile const& tile) {
+  bool const one_row_tile = work.rows <= tile.rows(), small_tiles = tile.head_dim <= 64;
+  int const most = (one_row_tile && !small_tiles ? 1 : 2) * most_blocks;
+  Division const alone = division_alone(work, most, true);
+  if (problem.batch_invariant) return alone;
+  int64_t const at_once = int64_t{device.units} * tile.blocks_a_unit(), batch = problem.query.shape[0];
+  for (int blocks = most; one_row_tile && blocks >= most_blocks; blocks /= 2) {
+    Division const division = division_alone(work, blocks, batch > 1);
+    int64_t const all = batch * work.lines * division.cluster * division.parts;
+    if (work.lines <= blocks && all <= at_once && division.cluster <= work.tiles_a_line) return division;
   }
-  int64_t parts = int64_t{device.units} * blocks_a_unit / work.items;
+  int64_t parts = at_once / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
-  return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line))};
+  return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false};
 }
 
 Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
@@ -188,7 +198,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
   int const blocks_a_unit = tile.blocks_a_unit();
-  Division const division = division_of(problem, device, work, tile.rows(), blocks_a_unit);
+  Division const division = division_of(problem, device, work, tile);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
   int const cluster_rows = division.cluster > 1 ? part_rows : 0;
   int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
@@ -207,21 +217,69 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   plan.tiles = work.items * work.tiles_a_line;
   plan.cluster = division.cluster;
   int64_t parts = work.items * division.parts;
-  if (s.batch > 1 && !problem.batch_invariant) {
+  if (division.by_own_length || s.batch == 1) {
+    plan.even_parts = division.by_own_length ? 0 : division.parts;
+    plan.splits = division.parts;
+  } else {
     plan.even_parts = division.parts;
     int64_t const aimed = int64_t{parts_a_block} * blocks_a_unit * device.units;
     parts = std::min(plan.tiles, std::max(parts, work.items + aimed));
     plan.splits = static_cast<int>(std::min(work.tiles_a_line, parts - work.items + 1));
-  } else {
-    plan.even_parts = problem.batch_invariant ? 1 : division.parts;
-    plan.splits = division.parts;
   }
   plan.blocks = parts * division.cluster;
   if (plan.splits > 1) plan.workspace = parts * part_rows * (s.head_dim_v + 1) * 4;
   return plan;
 }
 
+// --- Decode kernels and forward kernels ------------------------------------------------------------------------------
+
+// With many queries it is not the keys' way from memory that takes time: where they fill at least so many rows of so
+// many tiles, as a part of the multiprocessors, a forward kernel is faster, although it does not divide the keys. H100,
+// 8,192 keys of 8 heads, 4 queries each: 64 tokens 62 us (forward about 85), 128 108 (85), 256 213 (90), 2,048 1,761
+// (322).
+constexpr int64_t least_rows = 64;
+constexpr int part_of_units = 5;
+
+// Whether `forward` is the faster plan. batch_invariant, a sequence must get the same kernel in every batch.
+bool fills_tiles(const Plan& forward, const Sizes& s, bool batch_invariant, const DeviceProperties& device) {
+  int64_t const tiles = batch_invariant ? forward.tiles / std::max<int64_t>(s.batch, 1) : forward.tiles;
+  return s.seqlen_q * forward.packed_heads >= least_rows && tiles * part_of_units >= device.units;
+}
+
+// The forward kernel's plan for a prompt; none for a cache with pages or tokens to be appended, nor where a few tokens
+// are decoded, as sequences of uneven length are divided better by their keys.
+std::optional<Plan> plan_prompt(const KvCacheProblem& problem, const DeviceProperties& device) {
+  constexpr int64_t most_decoded_tokens = 16;
+  Sizes const s = sizes(problem);
+  if (problem.paged() || new_tokens(problem) > 0 || s.seqlen_k == 0 || s.seqlen_q <= most_decoded_tokens) {
+    return std::nullopt;
+  }
+  Plan const forward = plan_forward(forward_of(problem), device);
+  if (!fills_tiles(forward, s, problem.batch_invariant, device)) return std::nullopt;
+  return forward;
+}
+
 }  // namespace
+
+std::optional<Plan> plan_few_queries(const Problem& problem, const DeviceProperties& device) {
+  // With fewer keys there is nothing to divide; with more rows the decode kernels' small tiles read them too often.
+  constexpr int64_t least_keys = 1025, most_rows = 64;
+  if (device.type == DeviceType::cpu || device.compute_capability < 80 || problem.backend == Backend::cpu ||
+      problem.varlen() || problem.seqused_k.present()) {
+    return std::nullopt;
+  }
+  Sizes const s = sizes(problem);
+  if (s.seqlen_k < least_keys || s.batch == 0 || s.heads_k == 0 || s.seqlen_q == 0 || s.seqlen_q > most_rows ||
+      Work(s, 1).rows > most_rows || !countable(s)) {
+    return std::nullopt;
+  }
+  Plan const forward = plan_forward(problem, device);
+  if (std::string_view(forward.kernel) == "sm90_small" || std::getenv("FLASHCORE_SM90_KERNEL") != nullptr ||
+      fills_tiles(forward, s, problem.batch_invariant, device)) {
+    return std::nullopt;
+  }
+  return plan(cache_of(problem), device);
+}
 
 Plan plan(const KvCacheProblem& problem, const DeviceProperties& device) {
   if (device.type == DeviceType::cpu) {
@@ -240,13 +298,19 @@ Plan plan(const KvCacheProblem& problem, const DeviceProperties& device) {
   if (problem.backend == Backend::sm90) {
     check_sm90(device, tma_encodes(problem.key_cache) && tma_encodes(problem.value_cache));
   }
+  if (std::optional<Plan> const prompt = plan_prompt(problem, device)) return *prompt;
   // What is empty or too large to be counted in 32 bits is sm80's.
   bool const wants_sm80 = problem.backend == Backend::sm80;
   return decodes_on_sm90(problem, device) && !wants_sm80 ? plan_sm90(problem, device) : plan_sm80(problem, device);
 }
 
+bool decodes(const Plan& plan) {
+  return std::string_view(plan.kernel) == "sm90_decode" || std::string_view(plan.kernel) == "sm80_decode";
+}
+
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan) {
   if (plan.backend == Backend::cpu) return explain(options_of(problem), device, plan);
+  if (!decodes(plan)) return explain(forward_of(problem), device, plan);
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
   int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
@@ -265,7 +329,8 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   text += ", in tiles of " + std::to_string(plan.tile_k) + " keys, " + std::to_string(stages) +
           " of them on their way; a tile of queries has up to " + std::to_string(plan.tile_q) + " rows, of " +
           std::to_string(plan.packed_heads) + " query heads of a key head.";
-  if (problem.batch_invariant) text += " A sequence's length alone decides how its keys are divided.";
+  if (problem.batch_invariant || (hopper && plan.even_parts == 0))
+    text += " A sequence's length alone decides how its keys are divided.";
   if (plan.workspace > 0) text += " Parts of a sequence are merged in the order of their keys.";
   if (!plan.plain_score) {
     text += problem.softcap > 0 ? " Scores are capped." : " The scale is not positive: scores are scaled one by one.";

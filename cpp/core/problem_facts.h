@@ -2,6 +2,7 @@
 // Small facts of a Problem that several parts of the core share.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "flashcore/kvcache.h"
@@ -23,6 +24,10 @@ bool plain_score(const Problem& problem);
 // The options of a problem over a cache and its arrays as if the cache were its keys and values.
 Problem options_of(const KvCacheProblem& problem);
 
+// The same as a problem of the forward kernels, which the cache's lengths go with. Only plan() and launch() take it,
+// and only where nothing is appended and the cache has no pages.
+Problem forward_of(const KvCacheProblem& problem);
+
 // The axis of tokens in an array of four dimensions.
 inline int sequence_axis(Layout layout) { return layout == Layout::bshd ? 1 : 2; }
 
@@ -37,6 +42,19 @@ bool tma_encodes(const Tensor& tensor);
 
 // What backend="sm90" needs of device and strides, as an error: RuntimeError, ValueError.
 void check_sm90(const DeviceProperties& device, bool tma_encodes);
+
+// Whether a plan is one of the decode kernels', and not a forward kernel's.
+bool decodes(const Plan& plan);
+
+// A problem over a cache with the arrays and options of `problem`, whose keys and values are the caches. Without
+// cache_seqlens, which the caller may add, all of them count.
+KvCacheProblem cache_of(const Problem& problem);
+
+// Few queries with many keys: the decode kernels' plan for cache_of() the problem, where it is the faster one.
+std::optional<Plan> plan_few_queries(const Problem& problem, const DeviceProperties& device);
+
+// As plan(), but never a decode kernel's, which may need a workspace.
+Plan plan_forward(const Problem& problem, const DeviceProperties& device);
 
 // Into how many parts the CPU divides the keys of a problem of fixed length.
 int cpu_splits(const Sizes& sizes, Layout layout);

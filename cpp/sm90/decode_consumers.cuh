@@ -41,7 +41,8 @@ __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<Element const*>(rows.data) + at));
   };
   int const thread = threadIdx.x;
-  if (thread == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.cache_seqlens + part.sequence));
+  if (thread == 0 && p.cache_seqlens != nullptr)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.cache_seqlens + part.sequence));
   if (thread < part.valid_rows) {
     int64_t const at = row_offset(p.q, part.sequence, row_place(a, part, thread));
     for (int column = 0; column < p.head_dim; column += 64) line(p.q, at + column);

@@ -83,8 +83,9 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       parts = a.even.divisor;
       way = index << a.log_cluster | rank;
       // The length is asked for first: behind the keys it would wait for them.
-      int length = 0;
-      if (acts) asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
+      int length = p.seqlen_k;
+      if (acts && p.cache_seqlens != nullptr)
+        asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
       // The block knows its first tile without the length, unless a window says where it is: asked for ahead, it comes
       // while the length does.
       ahead = p.window_left >= unlimited && way * Config::tile_k < p.seqlen_k;

@@ -116,6 +116,9 @@ struct Arguments {
   int q_bytes;     // that TMA brings for a tile of queries
   bool steady;     // whether tiles may leave the references where they are
   Score score;
+
+  // Whether only arrays say how many keys a sequence has: rows behind them are another sequence's, or no one's.
+  __device__ bool ragged() const { return p.cu_seqlens_k != nullptr || p.seqused_k != nullptr; }
 };
 
 // A place in the ring: slots are filled and emptied in turn, and the barriers' phase flips each time around.

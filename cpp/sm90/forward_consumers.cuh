@@ -126,12 +126,12 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   auto const job_at = [&](int place) { return job_of<Config>(a, shared.work[place]); };
   auto const job_before = [&] { return job_at(current.before()); };
   // Rows of a job's first tile of values; fewer than tile_k where the others, which are another sequence's or none's,
-  // have to be cleared: only where sequences vary in length.
+  // have to be cleared.
   auto const rows_of_values = [&](Job const& job) {
-    return a.p.cu_seqlens_k != nullptr ? min_of(tile_k, job.work.seqlen_k - job.range.tile(0) * tile_k) : tile_k;
+    return a.ragged() ? min_of(tile_k, job.work.seqlen_k - job.range.tile(0) * tile_k) : tile_k;
   };
   auto const clear_values_that_wait = [&](RingPlace<Config::slots> const& values) {
-    if (a.p.cu_seqlens_k == nullptr) return;
+    if (!a.ragged()) return;
     Job const job = job_before();
     if (job.range.count() == 1 && rows_of_values(job) < tile_k) clear_tail(values, rows_of_values(job));
   };

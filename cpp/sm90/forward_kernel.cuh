@@ -27,7 +27,7 @@ __device__ __forceinline__ void prefetch_first(Arguments<typename Config::Score>
   using Element = typename Config::Element;
   constexpr int consumers = 128 * Config::warpgroups, most_keys = 128;
   Work work;
-  if (!starts_early(a.tiles, gridDim.x) || a.p.cu_seqlens_q != nullptr) return;
+  if (!starts_early(a.tiles, gridDim.x) || a.ragged()) return;
   if (!a.scheduler.work(a.p, blockIdx.x, work)) return;
   Job const job = job_of<Config>(a, work);
   int const thread = threadIdx.x - 128;

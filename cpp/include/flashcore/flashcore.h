@@ -32,7 +32,8 @@ Plan plan(const Problem& problem, const DeviceProperties& device);
 
 // Runs the plan on the problem's device and stream: asynchronous on CUDA, complete on return on the CPU. Allocates
 // nothing; `workspace` holds plan.workspace bytes on the device, which no other call may use until the stream has
-// passed this one; null gives the same result, with tiles of uneven length spread less evenly over the multiprocessors.
+// passed this one; null gives the same result, but with tiles of uneven length spread less evenly over the
+// multiprocessors, and the many keys of a few queries not divided at all.
 // Throws RuntimeError when the launch fails.
 void launch(const Problem& problem, const Plan& plan, void* workspace = nullptr);
 void launch(const CombineProblem& problem);

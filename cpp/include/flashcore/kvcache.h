@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decoding: attention of a few new queries a sequence over a cache of keys and values.
+// Attention of a few new queries a sequence (decoding), or of a prompt's, over a cache of keys and values.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,8 @@ void check_values(const KvCacheProblem& problem);
 
 // Chooses kernel, tiles and grid: a pure function of a problem that has passed validate(). Kernels: "sm90_decode",
 // "sm80_decode", "cpu_forward". On the GPU `tiles` counts the most tiles of keys that all sequences and heads can have,
-// and `splits` is the most parts that a sequence's keys are divided into.
+// and `splits` is the most parts that a sequence's keys are divided into. Prompts, which fill tiles of queries, are
+// planned as plan(const Problem&, ...) does, where the cache has no pages and nothing is appended.
 Plan plan(const KvCacheProblem& problem, const DeviceProperties& device);
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan);
 
