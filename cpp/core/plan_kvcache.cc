@@ -155,39 +155,46 @@ struct Division {
 };
 
 // As many blocks as read a sequence's part of the cache at its full speed, with a multiprocessor each and room for the
-// next call's beside them; twice as many for tiles half as large, or where several tiles of rows read the same keys and
-// products are what takes time. More in clusters were slower, whose place on the GPU is not free.
+// next call's beside them; twice as many where several tiles of rows read the same keys, and products are what takes
+// time. More in clusters were slower, whose place on the GPU is not free.
 constexpr int most_blocks = 64, least_blocks = 48;
 
-// A sequence divided as if it were alone: among the blocks of clusters, which merge by themselves, as large as they may
-// be; in more than one part each, merged by another kernel, where these blocks are too few. H100, 8 key heads of
+// Items divided among the blocks of clusters, which merge by themselves, as large as they may be: no more than `most`
+// blocks, and in more than one part each, merged by another kernel, where these would be too few. H100, 8 key heads of
 // dimension 128, one sequence, us: 4,096 keys 9.3 (in 32 parts 13.6), 32,768 46.8 (48.9), with 16 rows 47.6 (60),
-// 131,072 keys 177 (178); 8,192 keys of 4 heads 12.2 (in 64 parts 20.5), of 2 heads 9.9 (28.1), of one 9.0 (25.2).
-Division division_alone(const Work& work, int most, bool by_own_length) {
+// 131,072 keys 177 (178); 8,192 keys of 4 heads 11.6 (in 64 parts 20.5), of 2 heads 9.2 (28.1), of one 7.9 (25.2).
+Division in_clusters(int64_t items, const Work& work, int most, bool by_own_length) {
   int cluster = HopperDecodeTile::most_cluster;
-  while (cluster > 1 && work.lines * cluster > most) cluster /= 2;
-  int64_t const blocks = work.lines * cluster;
+  while (cluster > 1 && items * cluster > most) cluster /= 2;
+  int64_t const blocks = items * cluster;
   int64_t parts = std::max<int64_t>(most_blocks / blocks, 1);
   if (parts * blocks < least_blocks) ++parts;
   int64_t const whole_parts = (work.tiles_a_line + DecodeSchedule::part_tiles - 1) / DecodeSchedule::part_tiles;
   return {cluster, static_cast<int>(std::clamp<int64_t>(parts, 1, whole_parts)), by_own_length};
 }
 
-// Each sequence as if it were alone where all blocks of that run at once, of a few sequences in smaller clusters (two
-// of 8,192 keys and 4 key heads 20.1 us, in 33 parts 26.5). Elsewhere all blocks that run at once have a part: 8
-// sequences of 8,192 keys in 4 parts 93 us, in 2 104.
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
                      HopperDecodeTile const& tile) {
-  bool const one_row_tile = work.rows <= tile.rows(), small_tiles = tile.head_dim <= 64;
-  int const most = (one_row_tile && !small_tiles ? 1 : 2) * most_blocks;
-  Division const alone = division_alone(work, most, true);
-  if (problem.batch_invariant) return alone;
+  bool const one_row_tile = work.rows <= tile.rows();
   int64_t const at_once = int64_t{device.units} * tile.blocks_a_unit(), batch = problem.query.shape[0];
-  for (int blocks = most; one_row_tile && blocks >= most_blocks; blocks /= 2) {
-    Division const division = division_alone(work, blocks, batch > 1);
-    int64_t const all = batch * work.lines * division.cluster * division.parts;
-    if (work.lines <= blocks && all <= at_once && division.cluster <= work.tiles_a_line) return division;
+  // As if the sequence were alone.
+  if (problem.batch_invariant) return in_clusters(work.lines, work, one_row_tile ? most_blocks : 2 * most_blocks, true);
+  if (one_row_tile) {
+    // All sequences are known to be as long as each other: a block for each multiprocessor (8 sequences of 8,192 keys
+    // 89.6 us, in 4 parts each 93).
+    if (batch > 1 && !problem.cache_seqlens.present() && work.items <= 2 * most_blocks) {
+      Division const all = in_clusters(work.items, work, 2 * most_blocks, true);
+      if (all.cluster <= work.tiles_a_line) return all;
+    }
+    // Each sequence as if it were alone, where all blocks of that run at once: 2 sequences of 8,192 keys and 4 key
+    // heads 20.4 us, in 33 parts 26.5. Tiles of half the size are read by twice as many blocks if there is one sequence
+    // alone: 8,192 keys of 32 heads of dimension 64 31.8 us (by 64 blocks 38.7), two sequences of 16 heads 36.9 (32.2).
+    int const most = batch == 1 && tile.head_dim <= 64 ? 2 * most_blocks : most_blocks;
+    Division const alone = in_clusters(work.lines, work, most, batch > 1);
+    bool const fits = batch * work.lines * alone.cluster * alone.parts <= at_once;
+    if (work.lines <= most && fits && alone.cluster <= work.tiles_a_line) return alone;
   }
+  // All blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
   int64_t parts = at_once / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
   return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false};
@@ -263,7 +270,7 @@ std::optional<Plan> plan_prompt(const KvCacheProblem& problem, const DevicePrope
 
 std::optional<Plan> plan_few_queries(const Problem& problem, const DeviceProperties& device) {
   // With fewer keys there is nothing to divide; with more rows the decode kernels' small tiles read them too often.
-  constexpr int64_t least_keys = 1025, most_rows = 64;
+  constexpr int64_t least_keys = 1025, most_rows = 64, small_rows = 16;
   if (device.type == DeviceType::cpu || device.compute_capability < 80 || problem.backend == Backend::cpu ||
       problem.varlen() || problem.seqused_k.present()) {
     return std::nullopt;
@@ -274,7 +281,10 @@ std::optional<Plan> plan_few_queries(const Problem& problem, const DevicePropert
     return std::nullopt;
   }
   Plan const forward = plan_forward(problem, device);
-  if (std::string_view(forward.kernel) == "sm90_small" || std::getenv("FLASHCORE_SM90_KERNEL") != nullptr ||
+  // The small kernel divides keys, too, for 64 rows at once (4 sequences of 4,096 keys, 16 heads of dimension 64, a
+  // query each: 40.8 us, decoded 33.9).
+  bool const is_small = std::string_view(forward.kernel) == "sm90_small" && Work(s, 1).rows > small_rows;
+  if (is_small || std::getenv("FLASHCORE_SM90_KERNEL") != nullptr ||
       fills_tiles(forward, s, problem.batch_invariant, device)) {
     return std::nullopt;
   }
