@@ -22,6 +22,7 @@ TITLES = {
     "varlen": "Variable lengths, causal, 64 sequences of 64 to 4,096 tokens",
     "window": "Sliding window of 1,024 keys",
     "gqa": "Grouped-query attention, 32 query heads and 8 key heads, causal",
+    "few_queries": "A query a sequence, without a cache",
     "decode": "Decode over a cache: 32 query heads and 8 key heads",
     "cpu": "CPU",
     "cpu_decode": "CPU, decode over a cache: 32 query heads and 8 key heads",
@@ -37,6 +38,7 @@ def reports_of(folder: pathlib.Path, kind: str) -> list[dict[str, Any]]:
 def rate_of(suite: str) -> tuple[str, str, float]:
     """What speed a suite is told in: the unit, the field of a provider's result, and what to multiply it by."""
     special = {
+        "few_queries": ("TB/s", "tbytes_per_second", 1.0),
         "decode": ("TB/s", "tbytes_per_second", 1.0),
         "cpu": ("GFLOP/s", "tflops", 1e3),
         "cpu_decode": ("GB/s", "tbytes_per_second", 1e3),
@@ -198,6 +200,20 @@ def suites() -> dict[str, list[Cell]]:
         # The last one has as many queries with 1,024 keys each, none masked.
         "window": [Cell(1, 16, 16384, 128, True, window=1023), Cell(16, 16, 1024, 128)],
         "gqa": [Cell(b, 32, s, 128, True, heads_k=8) for b, s in ((1, 1024), (1, 4096), (2, 8192))],
+        # Generation as frameworks do it that keep no cache of a fixed size: key heads from 32 down to one.
+        "few_queries": [
+            Cell(batch, heads, 1, 128, heads_k=heads_k, seqlen_k=keys)
+            for batch, heads, heads_k, keys in (
+                (1, 32, 8, 2048),
+                (1, 32, 8, 8192),
+                (1, 32, 8, 32768),
+                (8, 32, 8, 8192),
+                (1, 16, 4, 8192),
+                (1, 12, 2, 8192),
+                (1, 8, 1, 8192),
+                (4, 32, 32, 4096),
+            )
+        ],
         "decode": decode_cells(),
         # 24 cells of a length: --cells 24:48 is 512, the seed's among them. The dtypes of a shape follow one another.
         "cpu": [

@@ -231,6 +231,9 @@ def test_the_other_suites_have_the_cells_of_the_tables(bench):
     assert len(cpu) == len({c.label for c in cpu}) == 72
     assert len({(c.heads, c.seqlen, c.head_dim, c.causal) for c in cpu}) == 3 * 2 * 2 * 2
     assert bench.suites.Cell(1, 8, 512, 64, dtype="float16") in cpu[24:48] and {c.seqlen for c in cpu[24:48]} == {512}
+    few = suites["few_queries"]
+    assert not any(c.decodes or c.causal for c in few) and len({c.label for c in few}) == len(few)
+    assert few[0].bytes == 2 * (2048 * 8 + 32) * 128 * 2
     (cached,) = suites["cpu_decode"]
     assert cached.bytes == 2 * 8 * (8192 * 8 + 32) * 128 * 2 and cached.decodes
     window, unmasked = suites["window"]
