@@ -91,7 +91,7 @@ MASKS = (
 )
 
 
-@pytest.mark.parametrize("queries, keys", [(37, 37), (37, 60), (60, 37), (1, 50)])
+@pytest.mark.parametrize("queries, keys", [(37, 37), (37, 60), (60, 37), (1, 50), (1, 3000), (5, 1500)])
 @pytest.mark.parametrize("options", MASKS, ids=str)
 def test_matches_jax(place, dtypes, queries, keys, options):
     for dtype in dtypes:
