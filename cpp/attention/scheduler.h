@@ -72,7 +72,8 @@ struct TileScheduler {
     w.head = pair - w.sequence * heads;
     w.q_begin = w.k_begin = 0;
     w.seqlen_q = p.seqlen_q;
-    w.seqlen_k = p.seqused_k ? clamp_to(p.seqused_k[w.sequence], 0, p.seqlen_k) : p.seqlen_k;
+    w.seqlen_k = p.seqlen_k;
+    if (p.seqused_k) w.seqlen_k = clamp_to(p.seqused_k[w.sequence], 0, p.seqlen_k - p.keys_added) + p.keys_added;
     return true;
   }
 

@@ -182,8 +182,8 @@ them, where key and value are given, the new ones, which the call appends there 
 are the last positions of these keys: causal lets the last one see them all.
 
 query: (batch, tokens, heads_q, head_dim); dtypes, strides and head_dim as for flashcore.attention. 1 to 16 tokens read
-    the cache once. A prompt's many run as fast as in flashcore.attention, but where the cache has pages or key and value
-    are given: there each 32 rows of a key head's queries read it again.
+    the cache once. A prompt's many run as fast as in flashcore.attention, but where the cache has pages: there each 32
+    rows of a key head's queries read it again.
 key_cache, value_cache: (batch, capacity, heads_k, head_dim), of query's dtype and device; heads_k divides heads_q. With
     page_table (pages, page_size, heads_k, head_dim), page_size being 16, 64, 128 or 256.
 cache_seqlens: int32, (batch), contiguous, on query's device: keys that are in the cache before the call.

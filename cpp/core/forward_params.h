@@ -29,7 +29,9 @@ struct ForwardParams {
   const int32_t* cu_seqlens_q;  // (batch + 1)
   const int32_t* cu_seqlens_k;  // (batch + 1)
 
-  const int32_t* seqused_k;  // (batch): how many keys of each sequence count, counted from the first; null: all
+  // (batch): how many keys of each sequence count, counted from the first, less keys_added; null: all.
+  const int32_t* seqused_k;
+  int32_t keys_added = 0;  // fixed-length
 
   int32_t batch;  // sequences, when variable-length
   int32_t heads_q, heads_k;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a Plan to a kernel: the one switch over machines.
+#include <optional>
 #include <string_view>
 
 #include "core/forward_params.h"
@@ -18,56 +19,68 @@
 
 namespace flashcore {
 
-void launch(const Problem& problem, const Plan& plan, [[maybe_unused]] void* workspace) {
-  if (plan.blocks == 0) return;  // no queries
-  if (decodes(plan)) {
-    bool const has_room = plan.workspace == 0 || workspace != nullptr;
-    if (has_room) return launch(cache_of(problem), plan, workspace);
-    return launch(problem, plan_forward(problem, device_properties(problem.query.device)));
-  }
-  ForwardParams const params = forward_params(problem);
-  DType const dtype = problem.query.dtype;
+namespace {
+
+// A forward kernel, on the current device where that is a GPU.
+void launch_forward(const ForwardParams& params, DType dtype, const Plan& plan, [[maybe_unused]] void* workspace,
+                    [[maybe_unused]] void* stream) {
   switch (plan.backend) {
     case Backend::cpu:
       cpu::forward(params, dtype, plan);
       return;
 #if FLASHCORE_HAS_CUDA
-    case Backend::sm80: {
-      CurrentDevice const current(problem.query.device.index);
-      sm80::forward(params, dtype, plan, problem.stream);
+    case Backend::sm80:
+      sm80::forward(params, dtype, plan, stream);
       return;
-    }
 #endif
 #if FLASHCORE_HAS_SM90
-    case Backend::sm90: {
-      CurrentDevice const current(problem.query.device.index);
+    case Backend::sm90:
       if (std::string_view(plan.kernel) == "sm90_small") {
-        sm90::small(params, dtype, plan, problem.stream);
+        sm90::small(params, dtype, plan, stream);
       } else {
-        sm90::forward(params, dtype, plan, workspace, problem.stream);
+        sm90::forward(params, dtype, plan, workspace, stream);
       }
       return;
-    }
 #endif
     default:
       throw RuntimeError("this build of FlashCore has no CUDA code: install it without FLASHCORE_CUDA=OFF");
   }
 }
 
+}  // namespace
+
+void launch(const Problem& problem, const Plan& plan, void* workspace) {
+  if (plan.blocks == 0) return;  // no queries
+  if (decodes(plan)) {
+    bool const has_room = plan.workspace == 0 || workspace != nullptr;
+    if (has_room) return launch(cache_of(problem), plan, workspace);
+    return launch(problem, plan_forward(problem, device_properties(problem.query.device)));
+  }
+#if FLASHCORE_HAS_CUDA
+  std::optional<CurrentDevice> current;
+  if (plan.backend != Backend::cpu) current.emplace(problem.query.device.index);
+#endif
+  launch_forward(forward_params(problem), problem.query.dtype, plan, workspace, problem.stream);
+}
+
 void launch(const KvCacheProblem& problem, const Plan& plan, void* workspace) {
+  KvCacheParams const params = kvcache_params(problem);
   DType const dtype = problem.query.dtype;
   if (plan.backend == Backend::cpu) {
-    cpu::forward_kvcache(kvcache_params(problem), dtype, plan);
-    return;
-  }
-  if (!decodes(plan)) {
-    launch(forward_of(problem), plan, workspace);
+    cpu::forward_kvcache(params, dtype, plan);
     return;
   }
 #if FLASHCORE_HAS_CUDA
   if (plan.blocks == 0) return;  // no queries and nothing to append
-  KvCacheParams const params = kvcache_params(problem);
   CurrentDevice const current(problem.query.device.index);
+  if (!decodes(plan)) {  // a prompt
+    if (params.new_tokens > 0) sm80::append(params, problem.stream);
+    ForwardParams forward = params;
+    forward.seqused_k = params.cache_seqlens;
+    forward.keys_added = params.new_tokens;
+    launch_forward(forward, dtype, plan, workspace, problem.stream);
+    return;
+  }
 #if FLASHCORE_HAS_SM90
   if (plan.backend == Backend::sm90) {
     sm90::decode(params, dtype, plan, workspace, problem.stream);
@@ -76,6 +89,7 @@ void launch(const KvCacheProblem& problem, const Plan& plan, void* workspace) {
 #endif
   sm80::decode(params, dtype, plan, workspace, problem.stream);
 #else
+  static_cast<void>(workspace);
   throw RuntimeError("this build of FlashCore has no CUDA code: install it without FLASHCORE_CUDA=OFF");
 #endif
 }

@@ -253,14 +253,12 @@ bool fills_tiles(const Plan& forward, const Sizes& s, bool batch_invariant, cons
   return s.seqlen_q * forward.packed_heads >= least_rows && tiles * part_of_units >= device.units;
 }
 
-// The forward kernel's plan for a prompt; none for a cache with pages or tokens to be appended, nor where a few tokens
-// are decoded, as sequences of uneven length are divided better by their keys.
+// The forward kernel's plan for a prompt; none for a cache with pages, nor where a few tokens are decoded, as sequences
+// of uneven length are divided better by their keys.
 std::optional<Plan> plan_prompt(const KvCacheProblem& problem, const DeviceProperties& device) {
   constexpr int64_t most_decoded_tokens = 16;
   Sizes const s = sizes(problem);
-  if (problem.paged() || new_tokens(problem) > 0 || s.seqlen_k == 0 || s.seqlen_q <= most_decoded_tokens) {
-    return std::nullopt;
-  }
+  if (problem.paged() || s.seqlen_k == 0 || s.seqlen_q <= most_decoded_tokens) return std::nullopt;
   Plan const forward = plan_forward(forward_of(problem), device);
   if (!fills_tiles(forward, s, problem.batch_invariant, device)) return std::nullopt;
   return forward;

@@ -54,8 +54,8 @@ void check_values(const KvCacheProblem& problem);
 
 // Chooses kernel, tiles and grid: a pure function of a problem that has passed validate(). Kernels: "sm90_decode",
 // "sm80_decode", "cpu_forward". On the GPU `tiles` counts the most tiles of keys that all sequences and heads can have,
-// and `splits` is the most parts that a sequence's keys are divided into. Prompts, which fill tiles of queries, are
-// planned as plan(const Problem&, ...) does, where the cache has no pages and nothing is appended.
+// and `splits` is the most parts that a sequence's keys are divided into. Prompts, which fill tiles of queries, get a
+// forward kernel's plan, as plan(const Problem&, ...) makes it, where the cache has no pages.
 Plan plan(const KvCacheProblem& problem, const DeviceProperties& device);
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan);
 
