@@ -4,6 +4,7 @@
 
 #include "core/forward_params.h"
 #include "core/kvcache_params.h"
+#include "core/problem_facts.h"
 #include "core/recent_plans.h"
 #include "cpu/cpu.h"
 #include "flashcore/flashcore.h"
@@ -37,6 +38,8 @@ void launch(const Problem& problem, const Plan& plan, [[maybe_unused]] void* wor
       CurrentDevice const current(problem.query.device.index);
       if (std::string_view(plan.kernel) == "sm90_small") {
         sm90::small(params, dtype, plan, problem.stream);
+      } else if (std::string_view(plan.kernel) == "sm90_stream") {
+        sm90::stream(params, dtype, plan, tma_encodes(problem.out), problem.stream);
       } else {
         sm90::forward(params, dtype, plan, workspace, problem.stream);
       }
