@@ -136,6 +136,9 @@ __device__ __forceinline__ void write_down(StreamArguments const& a, StreamMemor
   }
 }
 
+// Whether a block has its multiprocessor for itself, or shares it with the next call's.
+__device__ __forceinline__ bool alone() { return gridDim.x <= StreamTile::units; }
+
 // Until the kernel before has ended: asks for the lines of the first job to be brought into the L2 cache. Blocks that
 // work on the tiles of one head share its keys and values. Only a multiprocessor's first block does so: the other's
 // data would come with its, and late.
@@ -157,7 +160,8 @@ __device__ __forceinline__ void prefetch(StreamArguments const& a, StreamMemory<
     }
   };
   lines(a.p.k);
-  lines(a.p.v);
+  // Two blocks with a tile each: values would come between the other one's keys.
+  if (alone() || a.tiles > gridDim.x) lines(a.p.v);
 }
 
 template <class Config>
@@ -215,16 +219,19 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     StreamChunk const x = shared.table[chunk];
     load(a.v, shared.v[chunk % 2], shared.v_full[chunk % 2], StreamChunk::first_key(x.what), x.head_k, x.sequence);
   };
-  // Two threads, in the order in which the products come: what all blocks ask for first is to come first.
+  // Two threads, in the order in which the products come: what all blocks ask for first is to come first. A block alone
+  // asks for the rest when its first keys are there.
   if (threadIdx.x == 0) {
     load_queries(0);
     load_values(0);
-    load_values(1);
+    if (!alone()) load_values(1);
   }
   if (threadIdx.x == 128) {
     load_keys(0);
-    load_keys(1);
-    load_queries(1);
+    if (!alone()) {
+      load_keys(1);
+      load_queries(1);
+    }
   }
   __syncwarp();
 
@@ -267,6 +274,12 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
       if (what & StreamChunk::first) shared.q_full[job % 2].wait(job / 2 & 1);
       if (chunk == 0) launch_dependents();
       shared.k_full[buffer].wait(phase);
+      if (chunk == 0 && alone()) {
+        if (threadIdx.x == 128) load_keys(1);
+        if (threadIdx.x == 160) load_values(1);
+        if (threadIdx.x == 192) load_queries(1);
+        __syncwarp();
+      }
       uint64_t const queries = operand(cute::cast_smem_ptr_to_uint(shared.q[job % 2]) + warpgroup * 64 * row_bytes, 0);
       uint64_t const keys = operand(cute::cast_smem_ptr_to_uint(shared.k[buffer]), 0);
       hold(s);
