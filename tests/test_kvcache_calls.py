@@ -378,6 +378,33 @@ def test_corrupt_lengths_of_prompts_touch_nothing_outside(arrays, lengths):
         assert p.surroundings_intact()
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("page_size", [0, 64])
+def test_lengths_written_right_ahead_of_the_call(arrays, page_size, batch_invariant):
+    """A kernel that starts while the one ahead ends looks at the lengths then: what counts is what they become."""
+    gpu_only(arrays)
+    for count in (1, 5, 12):
+        lengths = [5000, 64, 9000, 1, 700, 0, 333, 2100] * 2 if count > 1 else [9000]
+        decoding = make(arrays, lengths[:count], 1, (8, 2), 128, page_size=page_size, capacity=9216, seed=count)
+        given = decoding.keywords() | {"batch_invariant": batch_invariant}
+        now = [arrays.int32([int(n * scale) for n in lengths[:count]]) for scale in (1.0, 0.02, 0.6, 0.0)]
+
+        def call(seqlens, decoding=decoding, given=given):
+            d = decoding
+            return flashcore.attention_kvcache(d.query, d.key_cache, d.value_cache, seqlens, return_lse=True, **given)
+
+        expected = [call(x) for x in now]
+        torch.cuda.synchronize()
+        seqlens = now[0].clone()
+        results = []
+        for i in range(40):
+            seqlens.copy_(now[i % len(now)])
+            results.append(call(seqlens))
+        torch.cuda.synchronize()
+        for i, result in enumerate(results):
+            assert all(arrays.same_bits(a, b) for a, b in zip(result, expected[i % len(now)], strict=True)), i
+
+
 def test_two_graphs_side_by_side(arrays):
     """Replayed at once on two streams, each with a workspace of its own."""
     gpu_only(arrays)

@@ -27,35 +27,52 @@ __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void con
   }
 }
 
-// Before the kernel ahead has ended: asks for the block's first tiles, as far as the lengths do not say which, and for
-// its queries, to be brought into the L2 cache, which all kernels share. What is read of the page table may be
-// about to change; then what is brought is of no use.
+// Before the kernel ahead has ended: asks for the block's first tiles and for its queries to be brought into the L2
+// cache, which all kernels share. What is read of lengths and page table may be about to change; then what is brought
+// is of no use. Only the blocks that run at once do so: the others find the kernel ahead done.
 template <class Config>
 __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
   using Element = typename Config::Element;
   sm80::DecodeParams const& p = a.p;
-  if (a.even.divisor == 0) return;
-  int index;
-  DecodePart const part = even_part<Config>(a, index);
+  int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
+  int const thread = threadIdx.x;
+  DecodePart part;
+  // Of the part's item: the first tile that counts, the end of the keys, and how many parts it has, this the
+  // `index`-th.
+  int begin = 0, end = p.seqlen_k, parts = a.even.divisor, index;
+  bool tiles_known = true;
+  if (a.even.divisor > 0) {
+    part = even_part<Config>(a, index);
+    tiles_known = p.window_left >= unlimited;
+  } else {
+    if (blockIdx.x >= Config::tile.units * Config::blocks_a_unit) return;
+    FoundSequence const found = find_sequence<true>(p, a.parts, number, -1, thread % 32);
+    if (found.sequence < 0) return;
+    int const in_sequence = number - found.before;
+    index = a.parts.lines.quotient(in_sequence);
+    part = part_of_line<Config>(a, found.sequence, in_sequence - index * a.parts.lines.divisor);
+    begin = found.range.begin;
+    end = found.cached;
+    parts = found.parts;
+  }
   auto const line = [](auto const& rows, int64_t at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<Element const*>(rows.data) + at));
   };
-  int const thread = threadIdx.x;
   if (thread == 0 && p.cache_seqlens != nullptr)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.cache_seqlens + part.sequence));
   if (thread < part.valid_rows) {
     int64_t const at = row_offset(p.q, part.sequence, row_place(a, part, thread));
     for (int column = 0; column < p.head_dim; column += 64) line(p.q, at + column);
   }
-  if (p.window_left < unlimited) return;
-  int const way = index << a.log_cluster | (blockIdx.x & ((1 << a.log_cluster) - 1));
+  if (!tiles_known) return;
+  int const way = begin + (index << a.log_cluster | rank);
   static_assert(Config::consumers >= 2 * Config::tile_k);
   if (thread >= 2 * Config::tile_k) return;
   Rows<void const*> const& rows = thread < Config::tile_k ? p.k : p.v;
 #pragma unroll 1
   for (int i = 0; i < a.prefetched; ++i) {
-    int const key = (way + i * (a.even.divisor << a.log_cluster)) * Config::tile_k + thread % Config::tile_k;
-    if (key >= p.seqlen_k) break;
+    int const key = (way + i * (parts << a.log_cluster)) * Config::tile_k + thread % Config::tile_k;
+    if (key >= end) break;
     int block = part.sequence, row = key;
     if (p.page_table != nullptr) {
       int const* const entry = p.page_table + part.sequence * p.page_table_stride + (key >> a.log_page);

@@ -25,7 +25,9 @@ struct FoundSequence {
 
 // All lanes of a warp together find the sequence with part `part`, or sequence `sequence` where that is not -1. Each
 // lane has consecutive sequences: it counts their tiles, then their parts, and the one that has what is looked for
-// walks to it.
+// walks to it. `early`: the kernel before may still write the lengths. Then they are not kept in the L1 cache, and what
+// is found is a guess.
+template <bool early = false>
 __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, DecodeParts const& parts, int part,
                                                        int sequence, int lane) {
   int const sequences = (p.batch + 31) / 32, first = lane * sequences, end = min_of(first + sequences, p.batch);
@@ -33,7 +35,13 @@ __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, D
   int part_tiles = 1;
   auto const look = [&](int b) {
     found.sequence = b;
-    found.cached = cached_keys(p, b);
+    if (early && p.cache_seqlens != nullptr) {
+      int length;
+      asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + b));
+      found.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
+    } else {
+      found.cached = cached_keys(p, b);
+    }
     found.range = parts.range(p, found.cached + p.new_tokens);
   };
   auto const of_sequence = [&] {
