@@ -585,3 +585,40 @@ def test_large_sizes_that_must_work(gpu):
 def test_a_large_problem_fills_the_device(gpu):
     for backend in (None, *forced(gpu)):
         assert shape_plan(gpu, (8, 4096, 32, 128), causal=True, backend=backend).blocks >= UNITS[gpu]
+
+
+def busiest(p, pairs: int, lengths: list[float], width: int) -> tuple[float, int]:
+    """How much longer than the mean the busiest block works when blocks take the tiles of sections of `width` heads in
+    turn, forwards and backwards, and the rounds. `lengths` is what the tiles of a head take, longest first."""
+    busy = [0.0] * p.blocks
+    rounds = 0
+    for first in range(0, pairs, width):
+        section = [length for length in lengths for _ in range(min(width, pairs - first))]
+        for begin in range(0, width * len(lengths), p.blocks):
+            for place, length in enumerate(section[begin : begin + p.blocks]):
+                busy[place if rounds % 2 == 0 else p.blocks - 1 - place] += length
+            rounds += 1
+    return max(busy) / (sum(busy) / p.blocks), rounds
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096, 8192, 16384])
+def test_uneven_tiles_are_shared_evenly(device, large_kernel, head_dim, seqlen):
+    """Of the widths of a section that take the fewest rounds of the blocks, the one that gives the busiest block the
+    least is planned for, and sections stay within the L2 cache's share."""
+    batch, heads = 16384 // seqlen, 21 if head_dim == 96 else 2048 // head_dim
+    p = shape_plan("h100", (batch, seqlen, heads, head_dim), causal=True)
+    found = re.search(r"Longest tiles first among (\d+) heads", p.reason)
+    width = int(found[1]) if found else 1
+    queries = [min(first + p.tile_q, seqlen) for first in range(0, seqlen, p.tile_q)]
+    lengths = [-(-last // p.tile_k) + 240 / p.tile_k for last in reversed(queries)]
+    pairs = batch * heads
+    imbalance, rounds = busiest(p, pairs, lengths, width)
+    assert width <= max(16, 50 * 2**19 // (4 * seqlen * head_dim))
+    assert imbalance < {192: 1.06, 256: 1.08}.get(head_dim, 1.035)
+    for other in {1, 4, 8, 16, 32, pairs} - {width}:
+        if other > min(pairs, 25 * 2**20 // (4 * seqlen * head_dim)):
+            continue
+        other_imbalance, other_rounds = busiest(p, pairs, lengths, other)
+        assert rounds < other_rounds or (rounds == other_rounds and imbalance <= other_imbalance + 1e-9)

@@ -6,7 +6,9 @@
 #include <limits>
 #include <optional>
 #include <string_view>
+#include <vector>
 
+#include "attention/mask.h"
 #include "attention/scheduler.h"
 #include "core/problem_facts.h"
 #include "cpu/cpu.h"
@@ -33,10 +35,10 @@ struct HopperTile {
   bool plain_score;
   int tile_q() const { return 64 * warpgroups; }
   // Queries, the ring's slots and (head dimension 64) a panel of ones, in panels of 64 columns; the barriers and what
-  // aligning them takes are less than 1 KiB.
+  // aligning them takes are less than 2 KiB.
   int shared_memory() const {
     int const panels = (head_dim + 63) / 64, ones = head_dim == 64 ? tile_k : 0;
-    return ((q_buffers * tile_q() + slots * tile_k) * panels + ones) * 128 + 1024;
+    return ((q_buffers * tile_q() + slots * tile_k) * panels + ones) * 128 + 2048;
   }
 };
 
@@ -183,26 +185,75 @@ bool tma_encodes(const Problem& problem) {
   return tma_encodes(problem.query) && tma_encodes(problem.key) && tma_encodes(problem.value);
 }
 
+// How long the busiest block works, in tiles of keys, where blocks take the tiles of sections of `width` pairs in turn,
+// forwards and backwards (`next_tile` in sm90/forward_producer.cuh). `lengths` is what a pair's tiles take, longest
+// first.
+double busiest_block(const std::vector<double>& lengths, int64_t width, int64_t pairs, int64_t blocks) {
+  std::vector<double> busy(static_cast<size_t>(blocks), 0.0);
+  int64_t place = 0;
+  for (int64_t first = 0; first < pairs; first += width) {
+    int64_t const heads = std::min(width, pairs - first);
+    for (double const length : lengths) {
+      for (int64_t head = 0; head < heads; ++head, ++place) {
+        int64_t const row = place / blocks, column = place - row * blocks;
+        busy[static_cast<size_t>(row % 2 == 0 ? column : blocks - 1 - column)] += length;
+      }
+    }
+    place = (place + blocks - 1) / blocks * blocks;
+  }
+  return *std::max_element(busy.begin(), busy.end());
+}
+
 // Blocks that take tiles in turn, forwards and backwards, share a section of uneven tiles evenly where it fills whole
-// rounds: the section that leaves the fewest places of its rounds empty is taken; one of more than `most` pairs, whose
-// keys and values pass the L2 cache's share, where that saves more than 5% of the rounds. Simulated
-// for a causal mask, 132 blocks and 16,384 tokens: 0.94 to 0.999 of perfect balance, where sections of as many heads as
-// the L2 cache holds gave 0.83 to 0.98. (One head of 128 tiles a section, not filled up to 132 places, measured 467
-// TFLOP/s at head dimension 128, and filled up 644 to 664.)
+// rounds. Of the sections that leave the fewest places of their rounds empty the one is taken that gives the busiest
+// block the least to do; one of more than `most` pairs, whose keys and values pass the L2 cache's share, where that
+// saves more than 5%. Simulated for a causal mask, 132 blocks and 16,384 tokens: 0.94 to 0.999 of perfect balance,
+// where sections of as many heads as the L2 cache holds gave 0.83 to 0.98. (One head of 128 tiles a section, not filled
+// up to 132 places, measured 467 TFLOP/s at head dimension 128, and filled up 644 to 664.)
 void set_sections(Plan& plan, const Problem& problem, int most, int64_t pairs) {
   if (problem.varlen() || plan.blocks == 0) return;
   int64_t const tiles_per_pair = plan.tiles / pairs;
   plan.section_slots = static_cast<int>(tiles_per_pair);
   if (!uneven(problem)) return;
   auto const rounds = [&](int64_t width) { return (width * tiles_per_pair + plan.blocks - 1) / plan.blocks; };
+  // More than the L2 cache's share of pairs is worth 5% of the time.
+  auto const weighed = [&](auto cost, int64_t width) { return cost * (width > most ? 21 : 20); };
+  auto const cost = [&](int64_t width) {
+    return weighed(pairs / width * rounds(width) + rounds(pairs % width), width);
+  };
+  int64_t const widest = std::min<int64_t>(std::clamp(most, 16, 256), pairs);
   int64_t fewest = std::numeric_limits<int64_t>::max();
-  for (int width = 1; width <= std::min<int64_t>(std::clamp(most, 16, 256), pairs); ++width) {
-    int64_t const cost = (pairs / width * rounds(width) + rounds(pairs % width)) * (width > most ? 21 : 20);
-    if (cost < fewest) {
-      fewest = cost;
-      plan.heads_per_section = width;
-      plan.section_slots = static_cast<int>(rounds(width) * plan.blocks);
-    }
+  auto const take = [&](int64_t width) {
+    plan.heads_per_section = static_cast<int>(width);
+    plan.section_slots = static_cast<int>(rounds(width) * plan.blocks);
+  };
+  for (int64_t width = 1; width <= widest; ++width) {
+    if (cost(width) >= fewest) continue;
+    fewest = cost(width);
+    take(width);
+  }
+  // Many tiles even out by themselves, and would take long to simulate.
+  constexpr int64_t most_tiles = 8192;
+  if (plan.tiles > most_tiles) return;
+  Sizes const s = sizes(problem);
+  ForwardParams const p = forward_params(problem);
+  Mask const mask = Mask::make(p.seqlen_q, p.seqlen_k, p.window_left, p.window_right);
+  // What a job takes beside its tiles of keys: 160 to 430 keys on an H100 (2026-11-26).
+  double const beside = 240.0 / plan.tile_k;
+  int64_t const queries = plan.tile_q / plan.packed_heads;
+  std::vector<double> lengths;
+  for (int64_t first = (tiles_per_pair - 1) * queries; first >= 0; first -= queries) {
+    KeyRange const range =
+        mask.key_range(static_cast<int>(first), static_cast<int>(std::min(first + queries, s.seqlen_q)), plan.tile_k);
+    lengths.push_back(range.count() + beside);
+  }
+  double least = std::numeric_limits<double>::max();
+  for (int64_t width = 1; width <= widest; ++width) {
+    if (cost(width) > fewest) continue;
+    double const busiest = weighed(busiest_block(lengths, width, pairs, plan.blocks), width);
+    if (busiest >= least) continue;
+    least = busiest;
+    take(width);
   }
 }
 

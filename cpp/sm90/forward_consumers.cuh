@@ -29,13 +29,13 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   constexpr int tile_k = Config::tile_k, head_dim = Config::head_dim;
   constexpr int columns = Config::columns;
   bool const leads = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer what is free
-  Lane const lane{warpgroup * 64 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 +
-                  static_cast<int>(threadIdx.x) % 32 / 4};
-
-  uint32_t const shared_q = cute::cast_smem_ptr_to_uint(shared.q) + warpgroup * 64 * row_bytes;
+  uint32_t const shared_q = cute::cast_smem_ptr_to_uint(shared.q);
   uint32_t const shared_kv = cute::cast_smem_ptr_to_uint(shared.kv);
   RingPlace<Config::slots> place;
   JobNumber<Config::q_buffers> current;
+
+  int const first_row = warpgroup * 64;
+  Lane const lane{first_row + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4};
 
   float o[columns / 2], s[tile_k / 2];
   uint32_t weights[tile_k / 4];
@@ -44,7 +44,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   // S = Q Kᵀ with the keys in `slot`; O += P V with the values in `slot`. Asynchronous.
   auto const issue_scores = [&](int slot) {
     uint64_t const keys = operand(shared_kv + slot * Config::kv_bytes, 0);
-    uint64_t const queries = operand(shared_q + current.slot() * Config::q_bytes, 0);
+    uint64_t const queries = operand(shared_q + current.slot() * Config::q_bytes + first_row * row_bytes, 0);
     hold(s);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -83,7 +83,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   // At a job's beginning. Later the queries' place is another job's.
   auto const read_queries = [&] {
     if constexpr (Config::queries_in_registers) {
-      int const thread = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + thread % 16;
+      int const thread = threadIdx.x % 32, row = first_row + threadIdx.x % 128 / 32 * 16 + thread % 16;
 #pragma unroll
       for (int d = 0; d < head_dim / 16; ++d) {
         read_operand(q + 4 * d, shared_q + current.slot() * Config::q_bytes + d / 4 * Config::q_panel, row,
@@ -121,19 +121,13 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   };
 
   SoftmaxRow state[2];
+  float reference[2];    // of the job before: what its rows' weights are relative to, in bits
   bool pending = false;  // the job before, whose last tile of weights waits for its product with the values
   // Read anew where it is needed: it does not stay in registers during the loop.
-  auto const job_at = [&](int place) { return job_of<Config>(a, shared.work[place]); };
-  auto const job_before = [&] { return job_at(current.before()); };
-  // Rows of a job's first tile of values; fewer than tile_k where the others, which are another sequence's or none's,
-  // have to be cleared.
-  auto const rows_of_values = [&](Job const& job) {
-    return a.ragged() ? min_of(tile_k, job.work.seqlen_k - job.range.tile(0) * tile_k) : tile_k;
-  };
+  auto const job_before = [&]() -> Job const& { return shared.job[current.before()]; };
   auto const clear_values_that_wait = [&](RingPlace<Config::slots> const& values) {
-    if (!a.ragged()) return;
-    Job const job = job_before();
-    if (job.range.count() == 1 && rows_of_values(job) < tile_k) clear_tail(values, rows_of_values(job));
+    Job const& job = job_before();
+    if (job.tail < tile_k && job.count == 1) clear_tail(values, job.tail);
   };
 
   // A job's last product with values, and its output.
@@ -144,7 +138,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     hold(o);
     release(shared.empty[place.slot]);
     place.advance();
-    store<Config>(a, place_of(job_at(number)), lane, o, state);
+    store<Config>(a, shared.job[number], lane, o, state, reference);
   };
   // Of the job that waits.
   auto const finish = [&] {
@@ -165,43 +159,31 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   while (true) {
     shared.q_full[current.slot()].wait(current.phase());
     asm volatile("" ::: "memory");  // CUTLASS's wait does not tell the compiler that memory may have changed
-    Posted const work = shared.work[current.number];
-    Job const job = job_of<Config>(a, work);
-    int const count = work.tile < 0 ? 0 : job.range.count();
+    Job const& job = shared.job[current.number];
+    int const count = job.count;
     if (count == 0) {
-      if (work.tile == Posted::notes) release_job();
       finish();
-      if (work.tile == Posted::end) break;
-      if (work.tile >= 0) {
-        store_nothing<Config>(a, place_of(job), lane);
-        release_job();
-      }
+      if (job.work.tile == Job::end) break;
+      if (job.work.tile >= 0) store_nothing<Config>(a, job, lane);
+      release_job();
       current.advance();
       continue;
     }
     read_queries();
-    int const tail = rows_of_values(job);
     float ratio[2], offset[2];
-    int masked = job.range.masked(), first_of_warpgroup = job.first;
-    // Tiles at the end that no row of this warpgroup sees, while others do.
-    int skipped = 0;
-    if (Config::skips && job.range.begin == job.range.full_begin && tail == tile_k) {
-      int const rows = a.pack == 1 ? warpgroup * 64 : warpgroup * 64 / a.pack;
-      int const end = a.pack == 1 ? rows + 64 : (warpgroup * 64 + 63) / a.pack + 1;
-      if (rows < job.queries) {
-        first_of_warpgroup += rows;
-        KeyRange const own = job.mask.key_range(first_of_warpgroup, job.first + min_of(end, job.queries), tile_k);
-        if (own.count() > 0) {
-          skipped = min_of(job.range.end - own.end, Config::most_skipped);
-          masked = job.range.end - own.full_end;
-        }
-      }
-    }
+    Part own;
+    if constexpr (Config::parts == 0) own = part_of<Config>(a, job, warpgroup);
+    Part const& part = Config::parts == 0 ? own : job.part[Config::skips ? warpgroup : 0];
+    int const skipped = Config::skips ? part.skipped : 0;
     if (Config::skips && skipped > 0) {
       // Next in the ring are K0, the values that wait, K1 V0 K2 V1 ...
+      take_turn();
+      pass_turn();
       drop();
       finish();
       for (int j = 1; j < skipped; ++j) {
+        take_turn();
+        pass_turn();
         drop();
         drop();
       }
@@ -211,7 +193,9 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     auto const first_step = [&](auto with_output) {
       constexpr bool finishes = decltype(with_output)::value;
       SoftmaxRow fresh[2];
-      Visible const seen = visible<Config>(a, job, lane, skipped);
+      Visible seen;
+      bool const masked = part.masked > skipped;
+      if (masked) seen = visible<Config>(a, job, lane, skipped);
       int const keys = place.slot;
       if constexpr (finishes) {
         RingPlace<Config::slots> ragged = place;
@@ -232,18 +216,20 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       if (Config::skips && skipped > 0) drop();
       cute::warpgroup_wait<finishes ? 1 : 0>();
       hold(s);
-      release(shared.empty[keys]);
       if (skipped == count - 1) release_queries();
       transform(s, a.score);
-      if (masked > skipped) hide(s, seen);
+      if (masked) hide(s, seen);
       raise_maxima(s, fresh, ratio, offset, a.score);
+      fresh[0].sum = fresh[1].sum = 0.0f;
       lower(offset);
       exponentials<Config>(s, fresh, offset, a.score.factor);
+      // The wait for the output comes after an exponential: see `steady_step`.
+      if (leads & !(s[0] < 0.0f)) shared.empty[keys].arrive();
       if constexpr (finishes) {
         cute::warpgroup_wait<0>();
         hold(o);
         release(shared.empty[values]);
-        store<Config>(a, place_of(job_before()), lane, o, state);
+        store<Config>(a, job_before(), lane, o, state, reference);
       }
 #pragma unroll
       for (int i = 0; i < columns / 2; ++i) o[i] = 0.0f;
@@ -258,10 +244,10 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       first_step(std::false_type{});
     }
 
-    if (tail < tile_k && (count > 1 || !Config::pipelined)) {
+    if (job.tail < tile_k && (count > 1 || !Config::pipelined)) {
       RingPlace<Config::slots> ragged = place;
       if (count > 1) ragged.advance();
-      clear_tail(ragged, tail);
+      clear_tail(ragged, job.tail);
     }
 
     // The others: scores of this tile, output of the one before, softmax of this one meanwhile. multiply() issues both
@@ -278,9 +264,8 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       issue_output(values);
       pass_turn();
       place.advance();
-      cute::warpgroup_wait<1>();
+      cute::warpgroup_wait<Config::early == 0 ? 0 : 1>();
       hold(s);
-      release(shared.empty[keys]);
       if (i == count - 1) release_queries();
       return values;
     };
@@ -292,8 +277,10 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     auto const step = [&](int i, auto mask) {
       constexpr bool masks = decltype(mask)::value;
       Visible seen;
-      if constexpr (masks) seen = visible<Config>(a, job_at(current.number), lane, i);
+      if constexpr (masks) seen = visible<Config>(a, shared.job[current.number], lane, i);
+      int const keys = place.slot;
       int const values = multiply(i);
+      release(shared.empty[keys]);
       transform(s, a.score);
       if constexpr (masks) hide(s, seen);
       raise_maxima(s, state, ratio, offset, a.score);
@@ -318,10 +305,10 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       uint32_t const all = any[0] | any[1] | any[2] | any[3];
       constexpr uint32_t two_or_more = 0x40004000;  // of each of a pair: the highest bit of either type's exponent
       if (__any_sync(0xffffffffu, (all & two_or_more) != 0)) {
-        Posted const& work = shared.work[current.number];
-        if (!move_references<Config>(a, work, lane, s, o, state, added, offset) && leads &&
+        Job const& job = shared.job[current.number];
+        if (!move_references<Config>(a, job.queries, lane, s, o, state, added, offset) && leads &&
             atomicExch(&shared.noted[current.number], 1) == 0) {
-          shared.again[atomicAdd(&shared.again_count, 1)] = work;
+          shared.again[atomicAdd(&shared.again_count, 1)] = job.work;
         }
         pack();
       }
@@ -335,33 +322,42 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     // output nor the sums are multiplied by anything. Floating point does not mind by what common factor weights are
     // too large or too small, until one reaches 2: then the references move.
     auto const steady_step = [&](int i) {
+      int const keys = place.slot;
       int const values = multiply(i);
-      float added[2];
-      steady_exponentials<Config>(s, added, offset, a.score.factor);
+      float sums[2][4] = {};
+      steady_exponentials<Config, 0, Config::early>(s, sums, offset, a.score.factor);
+      if constexpr (Config::waits_late) {
+        // The wait for the output stays behind this arrival, and the arrival waits for the sum: no weight is negative.
+        float sum = 0.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) sum += (sums[half][0] + sums[half][1]) + (sums[half][2] + sums[half][3]);
+        if (leads & !(sum < 0.0f)) shared.empty[keys].arrive();
+      } else {
+        release(shared.empty[keys]);
+      }
       finish_output(values);
+      steady_exponentials<Config, Config::early, tile_k / 2>(s, sums, offset, a.score.factor);
+      float added[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        added[half] = (sums[half][0] + sums[half][1]) + (sums[half][2] + sums[half][3]);
+      }
       settle(added);
     };
     int i = skipped + 1;
-    int exact = masked;
-    if constexpr (Config::steady) {
-      // A row can have seen nothing of the masked tiles: one that ends where the tiles that all see do, or, where the
-      // masked tiles are behind a window's left end, any.
-      bool const blind = masked > 0 && (job.range.full_end == job.range.end ||
-                                        job.mask.end_key(first_of_warpgroup) <= (job.range.end - masked) * tile_k);
-      exact = min_of(count, masked + blind);
-    }
+    int const exact = part.exact;
 #pragma unroll 1
     for (; i < exact; ++i) step(i, std::true_type{});
-    if (!Config::steady || !a.steady || work.once_more) {
+    if (!Config::steady || !a.steady || job.once_more) {
 #pragma unroll 1
       for (; i < count; ++i) step(i, std::false_type{});
     }
     if constexpr (Config::steady) {
 #pragma unroll 1
       for (; i < count; ++i) steady_step(i);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) state[half].max = (offset[half] - Config::slack) / a.score.factor;
     }
+    reference[0] = offset[0];
+    reference[1] = offset[1];
 
     if constexpr (Config::pipelined) {
       pending = true;

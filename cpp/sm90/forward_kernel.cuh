@@ -33,7 +33,7 @@ __device__ __forceinline__ void prefetch_first(Arguments<typename Config::Score>
   int const thread = threadIdx.x - 128;
 #pragma unroll 1
   for (int row = thread; row < job.queries * a.pack; row += consumers) {
-    int const query = a.pack == 1 ? row : row / a.pack;
+    int const query = a.query(row);
     prefetch_row<Element, Config::panels>(a.p.q, work.sequence, work.head * a.pack + (row - query * a.pack),
                                           job.first + query);
   }
@@ -136,6 +136,7 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
       varlen ? static_cast<uint32_t>(plan.tiles)
              : ceil_div(groups * p.batch, plan.heads_per_section) * static_cast<uint32_t>(plan.section_slots),
       plan.packed_heads,
+      (65535 + plan.packed_heads) / plan.packed_heads,
       Config::panels * plan.packed_heads * queries * row_bytes,
       Config::steady && (Config::sums_by_product || p.lse == nullptr),
       Config::Score::make(p.scale, p.softcap)};

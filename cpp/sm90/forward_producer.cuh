@@ -48,22 +48,24 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
     load(a.v, values.row, values.head, values.sequence);
     shared.values.row = -1;
   };
-  auto const post = [&](Work const& work, bool once_more, int bytes) {
-    shared.q_empty[current.slot()].wait(current.phase() ^ 1);
-    shared.work[current.number] = {work, once_more};
+  auto const wait_for_room = [&] { shared.q_empty[current.slot()].wait(current.phase() ^ 1); };
+  // Posts the job that has been written, with so many bytes of queries.
+  auto const post = [&](int bytes) {
     shared.noted[current.number] = 0;
     asm volatile("" ::: "memory");
     shared.q_full[current.slot()].arrive_and_expect_tx(bytes);
   };
   auto const post_sign = [&](int sign) {
     load_values();
-    Work work{};
-    work.tile = sign;
-    post(work, false, 0);
+    Job& job = shared.job[current.number];
+    wait_for_room();
+    job.count = 0;
+    job.work.tile = sign;
+    post(0);
   };
   int left = 0;  // jobs to be done once more, of those that are known
   auto const collect = [&] {
-    post_sign(Posted::notes);
+    post_sign(Job::notes);
     shared.q_empty[current.slot()].wait(current.phase());
     asm volatile("" ::: "memory");
     current.advance();
@@ -89,25 +91,32 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
       shared.tile = next_tile(a, tile);
       if (tile >= a.tiles || !a.scheduler.work(a.p, tile, work)) continue;
     }
-    Job const job = job_of<Config>(a, work);
+    Job job = job_of<Config>(a, work);
+    job.once_more = once_more;
     KeyRange const& range = job.range;
-    int const count = range.count();
-    post(work, once_more, count == 0 ? 0 : a.q_bytes);
+    int const count = job.count;
+    int const sequence = a.p.cu_seqlens_q ? 0 : work.sequence;
+    // The job is written down while its queries come. (The barrier may count their bytes before they are announced.)
+    wait_for_room();
+    if (count > 0) {
+#pragma unroll
+      for (int panel = 0; panel < Config::panels; ++panel) {
+        cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&shared.q_full[current.slot()]), drop_from_l2,
+                                     shared.q[current.slot()] + panel * Config::q_panel, panel * panel_columns, 0,
+                                     work.q_begin + job.first, work.head, sequence);
+      }
+    }
+    shared.job[current.number] = job;
+#pragma unroll 1
+    for (int i = 0; i < Config::parts; ++i) shared.job[current.number].part[i] = part_of<Config>(a, job, i);
+    post(count == 0 ? 0 : a.q_bytes);
     if (count == 0) {
       load_values();
       current.advance();
       continue;
     }
-    int const sequence = a.p.cu_seqlens_q ? 0 : work.sequence;
     int const head_k = a.pack == a.p.group ? work.head : work.head * a.pack / a.p.group;
     auto const row = [&](int i) { return work.k_begin + range.tile(i) * Config::tile_k; };
-
-#pragma unroll
-    for (int panel = 0; panel < Config::panels; ++panel) {
-      cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&shared.q_full[current.slot()]), drop_from_l2,
-                                   shared.q[current.slot()] + panel * Config::q_panel, panel * panel_columns, 0,
-                                   work.q_begin + job.first, work.head, sequence);
-    }
     current.advance();
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -117,7 +126,7 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
     }
     if (!Config::pipelined) load_values();
   }
-  post_sign(Posted::end);
+  post_sign(Job::end);
 }
 
 }  // namespace flashcore::sm90

@@ -36,9 +36,7 @@ __device__ __forceinline__ Visible visible(Mask const& mask, int const (&query)[
 template <class Config>
 __device__ __forceinline__ Visible visible(Arguments<typename Config::Score> const& a, Job const& job, Lane lane,
                                            int i) {
-  int const row[2] = {lane.row, lane.row + 8};
-  int const query[2] = {job.first + (a.pack == 1 ? row[0] : row[0] / a.pack),
-                        job.first + (a.pack == 1 ? row[1] : row[1] / a.pack)};
+  int const query[2] = {job.first + a.query(lane.row), job.first + a.query(lane.row + 8)};
   return visible(job.mask, query, job.range.tile(i) * Config::tile_k);
 }
 
@@ -86,26 +84,20 @@ __device__ __forceinline__ void raise_maxima(float (&s)[n], SoftmaxRow (&state)[
   }
 }
 
-// Turns scores into weights 2^(factor · s − offset), cut where Config says so, and gives their sums: four of a row, or
-// the additions would wait for each other.
-template <class Config, int n>
-__device__ __forceinline__ void steady_exponentials(float (&s)[n], float (&sums)[2], float const (&offset)[2],
+// The scores s[begin] to s[end − 1] become weights 2^(factor · s − offset), cut where Config says so, and are added up:
+// in four sums of a row, or the additions would wait for each other.
+template <class Config, int begin, int end, int n>
+__device__ __forceinline__ void steady_exponentials(float (&s)[n], float (&sums)[2][4], float const (&offset)[2],
                                                     float factor) {
-  constexpr int chains = n > 64 ? 2 : 4;
-  float added[2][chains] = {};
   float const lifted[2] = {Config::lift - offset[0], Config::lift - offset[1]};
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
+  for (int i = begin; i < end; ++i) {
     int const half = i / 2 % 2;
     s[i] = exp2_of(fmaf(s[i], factor, lifted[half]));
     if constexpr (Config::adds_sums) {
       if constexpr (Config::cuts) s[i] = __uint_as_float(__float_as_uint(s[i]) & Config::kept);
-      added[half][i / 4 % chains] += s[i];
+      sums[half][i / 4 % 4] += s[i];
     }
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    sums[half] = (added[half][0] + added[half][1]) + (added[half][2] + added[half][3]);
   }
 }
 
@@ -125,7 +117,7 @@ __device__ __forceinline__ void exponentials(float (&s)[n], SoftmaxRow (&state)[
 // are put right. False where a weight of a row that the job has is near infinity: its score has risen by more than 66,
 // in the natural exponent, over all of the tiles before, and what can be known of the others is lost.
 template <class Config, int n, int columns>
-__device__ __forceinline__ bool move_references(Arguments<typename Config::Score> const& a, Work const& work, Lane lane,
+__device__ __forceinline__ bool move_references(Arguments<typename Config::Score> const& a, int queries, Lane lane,
                                                 float (&s)[n], float (&o)[columns], SoftmaxRow (&state)[2],
                                                 float (&added)[2], float (&offset)[2]) {
   constexpr float near_infinity = 7.9e28f;  // 2^96: what moves a reference to 2^−slack stays a normal number
@@ -136,7 +128,7 @@ __device__ __forceinline__ bool move_references(Arguments<typename Config::Score
 #pragma unroll
     for (int j = 0; j < n / 4; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
     top = quad_max(top);
-    if (top >= near_infinity && (lane.row + 8 * half) / a.pack < job_of<Config>(a, work).queries) good = false;
+    if (top >= near_infinity && a.query(lane.row + 8 * half) < queries) good = false;
     float const by = top >= 2.0f ? log2_of(top) + Config::slack : 0.0f;  // how far the reference moves, in bits
     float const ratio = exp2_of(-by);
 #pragma unroll
