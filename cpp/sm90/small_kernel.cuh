@@ -11,7 +11,8 @@
 #include "flashcore/plan.h"
 #include "sm90/cluster.h"
 #include "sm90/dependent_launch.h"
-#include "sm90/forward_output.cuh"
+#include "sm90/forward_softmax.cuh"
+#include "sm90/output_row.cuh"
 #include "sm90/small_tile.h"
 
 namespace flashcore::sm90 {
@@ -447,7 +448,7 @@ __device__ __forceinline__ void exchange(SmallMemory<Config> const& shared, Warp
 // 4 × 4 pairs), so that each writes 16 bytes, where a part has two pieces or more.
 template <class Config>
 __device__ __forceinline__ void write(SmallArguments<typename Config::Score> const& a,
-                                      OutputRow<Config> const (&row)[2], Warpgroup<Config> warpgroup,
+                                      PlacedRow<Config> const (&row)[2], Warpgroup<Config> warpgroup,
                                       SoftmaxRow const (&state)[2], float const (&mine)[4 * Config::pieces]) {
   constexpr int pieces = Config::pieces;
   int const t = threadIdx.x % 4;
@@ -543,7 +544,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
   attend<Config>(a, shared, warpgroup, lane, partial);
   // Where the rows go, before the merge has to be waited for.
   JobPlace const job = shared.task().job;
-  OutputRow<Config> const row[2] = {{a, job, lane.row}, {a, job, lane.row + 8}};
+  PlacedRow<Config> const row[2] = {{a, job, lane.row}, {a, job, lane.row + 8}};
   float mine[4 * Config::pieces];
   exchange<Config>(shared, warpgroup, a.score.factor, partial, mine);
   write<Config>(a, row, warpgroup, partial.state, mine);
@@ -578,6 +579,7 @@ void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
        {queries, 1, groups, 0},
        static_cast<uint32_t>(plan.tiles),
        plan.packed_heads,
+       ceil_div(1 << 16, plan.packed_heads),
        Config::panels * plan.packed_heads * queries * row_bytes,
        false,
        Config::Score::make(p.scale, p.softcap)},

@@ -13,6 +13,7 @@
 #include "flashcore/plan.h"
 #include "sm90/dependent_launch.h"
 #include "sm90/forward_output.cuh"
+#include "sm90/output_row.cuh"
 #include "sm90/stream_tile.h"
 
 namespace flashcore::sm90 {
@@ -247,7 +248,13 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   };
 #pragma unroll 1
   for (int job = shared.full_jobs; job < shared.all_jobs; ++job) {
-    store_nothing<Config>(a, shared.jobs[job].place, Lane{row_of_lane()});
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      PlacedRow<Config> const row(a, shared.jobs[job].place, row_of_lane() + half * 8);
+      if (!row.present) continue;
+      if (row.lse != nullptr && threadIdx.x % 4 == 0) *row.lse = minus_infinity();
+      write_zeros(row, a.p.head_dim);
+    }
   }
 
   float o[columns / 2], s[tile_k / 2];
@@ -371,7 +378,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         state[half].sum = quad_sum(state[half].sum);
-        OutputRow<Config> const out(a, place, row + half * 8);
+        PlacedRow<Config> const out(a, place, row + half * 8);
         if (lane % 4 == 0 && out.present) *out.lse = state[half].lse(a.score.factor);
       }
     }
@@ -403,7 +410,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        write_row<Config>(OutputRow<Config>(a, place, row + half * 8), half, a.p.head_dim, o, inverse[half]);
+        write_row<Config>(PlacedRow<Config>(a, place, row + half * 8), half, a.p.head_dim, o, inverse[half]);
       }
     }
     state[0] = {}, state[1] = {};
@@ -451,6 +458,7 @@ void run_stream(ForwardParams const& p, Plan const& plan, bool stores_by_tma, cu
                                    {Config::tile_q, 1, p.heads_q, 0},
                                    static_cast<uint32_t>(plan.tiles),
                                    /*pack=*/1,
+                                   /*per_row=*/1 << 16,
                                    Config::tile_q * row_bytes,
                                    /*steady=*/false,
                                    PlainScore::make(p.scale, p.softcap)},
