@@ -529,6 +529,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         line += f" at {told['lowest_at']}"
         if "share_of_peak" in told:
             line += f"; {100 * told['share_of_peak']:.0f}% of the peak at S 2048, D 128, full"
+        if "share_of_dot_peak" in told:
+            line += f" ({100 * told['share_of_dot_peak']:.0f}% of that of vectors' dot products)"
         lines.append(line)
     if summary["seed"] is not None:
         lines.append(f"the seed's shape in float16: {summary['seed']:.2f}")

@@ -2,9 +2,10 @@
 """What a processor can do at most, measured beside the cells of the CPU suites, and whether it was steady meanwhile.
 
 A probe is a function without arguments that returns peaks by name: float32_tflops, bfloat16_tflops (where there is
-one) and read_tbytes_per_second, on as many threads as FlashCore uses. The right one is `flashcore_bench peak`, loops
-that keep to the registers in the instruction set of the kernels. Without that program PyTorch's matmul and sum stand
-in: they tell whether the machine has slowed down, and a share of them is no share of the processor's peak.
+one), bfloat16_dot_tflops (of vectors, where bfloat16_tflops is of products of tiles) and read_tbytes_per_second, on as
+many threads as FlashCore uses. The right one is `flashcore_bench peak`, loops that keep to the registers in the
+instruction set of the kernels. Without that program PyTorch's matmul and sum stand in: they tell whether the machine
+has slowed down, and a share of them is no share of the processor's peak.
 """
 
 from __future__ import annotations
@@ -101,13 +102,17 @@ def governing(cell: dict[str, Any], peaks: Peaks) -> str:
 
 
 def add_share(cell: dict[str, Any], before: Peaks, after: Peaks) -> None:
-    """Writes into a cell's result what was probed before and after it, and FlashCore's share of the higher."""
+    """Writes into a cell's result what was probed before and after it, and FlashCore's share of the higher; on tile
+    registers also that of the vectors' dot products."""
     name = governing(cell, before)
     cell["peaks"] = {"name": name, "before": before[name], "after": after[name]}
     ours = cell["providers"]["flashcore"]
     field = "tbytes_per_second" if name.startswith("read") else "tflops"
     if field in ours:
         cell["share_of_peak"] = ours[field] / max(before[name], after[name])
+        dot = max(peaks.get("bfloat16_dot_tflops", 0.0) for peaks in (before, after))
+        if name == "bfloat16_tflops" and dot:
+            cell["share_of_dot_peak"] = ours[field] / dot
 
 
 def lowest(cell: dict[str, Any]) -> float:

@@ -187,6 +187,7 @@ def _processor(report: dict[str, Any]) -> list[str]:
         names = {
             "float32_tflops": ("float32", "GFLOP/s"),
             "bfloat16_tflops": ("bfloat16", "GFLOP/s"),
+            "bfloat16_dot_tflops": ("bfloat16 dot products of vectors", "GFLOP/s"),
             "read_tbytes_per_second": ("reading", "GB/s"),
         }
         told = [f"{names[n][0]} {_rate(1e3 * value)} {names[n][1]}" for n, value in report["peaks"].items()]
@@ -200,7 +201,8 @@ def _processor(report: dict[str, Any]) -> list[str]:
 
 
 def _share(told: dict[str, Any]) -> str:
-    return f"{100 * told['share_of_peak']:.0f}%" if "share_of_peak" in told else ""
+    dot = f" ({100 * told['share_of_dot_peak']:.0f}% of vectors' dot products)" if "share_of_dot_peak" in told else ""
+    return f"{100 * told['share_of_peak']:.0f}%{dot}" if "share_of_peak" in told else ""
 
 
 def _best(cell: dict[str, Any]) -> tuple[str, float]:

@@ -242,7 +242,9 @@ def cpu_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     for cell in right:
         if (cell["seqlen"], cell["head_dim"], cell["causal"]) == (2048, 128, False) and "share_of_peak" in cell:
             told = dtypes[cell["dtype"]]
-            told["share_of_peak"] = min(cell["share_of_peak"], told.get("share_of_peak", math.inf))
+            for share in ("share_of_peak", "share_of_dot_peak"):
+                if share in cell:
+                    told[share] = min(cell[share], told.get(share, math.inf))
     seed = Cell(1, 8, 512, 64, dtype="float16").label
     return {
         "dtypes": dtypes,

@@ -309,6 +309,11 @@ def test_each_cell_is_held_against_the_peaks_beside_it(bench, monkeypatch, tmp_p
     printed = capsys.readouterr().out
     assert "the seed's shape in float16: " in printed and "% of the peak at S 2048" in printed and "*" not in printed
     assert bench.probes.governing(half, {"float32_tflops": 1.0}) == "float32_tflops"  # there is no dot product
+    bench.probes.add_share(half, {**PEAKS, "bfloat16_dot_tflops": 0.1}, PEAKS)
+    assert half["share_of_dot_peak"] == pytest.approx(4 * half["share_of_peak"])
+    (line, *_) = bench.compare.summary_lines(bench.suites.cpu_summary([half]))
+    assert line.endswith(f"({100 * half['share_of_dot_peak']:.0f}% of that of vectors' dot products)")
+    assert f"({100 * half['share_of_dot_peak']:.0f}% of vectors' dot products)" in bench.report._share(half)
 
 
 def test_the_summary_has_means_and_the_lowest(bench):

@@ -121,6 +121,7 @@ def test_the_peaks_of_the_processor(program, isa, threads, tmp_path):
     assert 1e-4 < peak["float32_tflops"] < 100 and 1e-4 < peak["read_tbytes_per_second"] < 10
     # The dot product does twice the work of a multiply-add in one instruction, a product of tiles sixteen times more.
     assert ("bfloat16_tflops" in peak) == (isa in ("avx512bf16", "avx512amx")) == ("bfloat16" in done.stdout)
+    assert ("bfloat16_dot_tflops" in peak) == (isa == "avx512amx") == ("product of tiles" in done.stdout)
     assert f"{1e3 * peak['float32_tflops']:.1f} GFLOP/s" in done.stdout and isa in done.stdout
 
 

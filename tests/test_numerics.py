@@ -47,6 +47,25 @@ def test_growing_scores(arrays, dtype):
         assert_attention(arrays, out, lse, query, k, value)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score", [1.0, 16.0, 2500.0])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_first_keys_say_little(arrays, dtype, score, with_lse):
+    """The first keys' scores are far below the later ones, for some queries and not for others: what weights are
+    relative to at first does not do for long. With the log-sum-exp and without, whose sums may be others."""
+    needs(arrays, dtype)
+    if score > 1000 and arrays.device != "cpu":
+        pytest.skip("for the CPU")
+    query, key, value = arrays.qkv(1, 100, 700, 2, 2, 64, dtype, 41, score)
+    key = arrays.copy(key)
+    key[:, :40] = key[:, :40] * 0.001
+    key[:, 300:310] = key[:, 300:310] * 4
+    for options in (Options(), Options(causal=True)):
+        result = flashcore.attention(query, key, value, return_lse=with_lse, **options.keywords())
+        out, lse = result if with_lse else (result, None)
+        assert_attention(arrays, out, lse, query, key, value, options)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1e-6, 3.0])
 def test_unusual_scales(arrays, scale):
     """Zero averages the values; a negative scale prefers the keys that are least like the query."""
@@ -64,6 +83,16 @@ def test_values_near_the_end_of_float16(arrays):
     out = flashcore.attention(query, key, value)
     # One rounding of weights near 1/1000 (2⁻¹¹), and one of the output.
     assert float(abs(arrays.float64(out) / 6e4 - 1).max()) < 2.0**-10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_values_with_growing_scores(arrays, dtype):
+    """Values near the end of the dtype's range under scores that exceed the first ones: no sum overflows."""
+    needs(arrays, dtype)
+    query, key, _ = arrays.qkv(1, 65, 300, 2, 2, 64, dtype, 43, 8.0)
+    value = arrays.full(key.shape, 2.0**120, dtype)
+    out = arrays.float64(flashcore.attention(query, key, value)) / 2.0**120
+    assert float(abs(out - 1).max()) < (1e-5 if dtype == "float32" else 2.0**-8)
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e36])
@@ -103,6 +132,20 @@ def test_tiny_float16(arrays):
     expected, _ = reference(arrays, query, key, value)
     # Half a step of the subnormals (2⁻²⁴) for the output; weights are rounded relatively.
     assert errors(arrays, out, expected)[0] < 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("evil", [math.nan, math.inf])
+def test_nan_in_a_query_stays_in_its_row_without_lse(arrays, dtype, evil):
+    needs(arrays, dtype)
+    query, key, value = arrays.qkv(1, 140, 600, 2, 2, 64, dtype, 45)
+    clean = arrays.copy(flashcore.attention(query, key, value))
+    spoilt = arrays.copy(query)
+    spoilt[0, 77, 1, 5] = evil
+    out = arrays.copy(flashcore.attention(spoilt, key, value))
+    assert bool((out[0, 77, 1] != out[0, 77, 1]).all()), "a NaN went missing"
+    out[0, 77, 1] = clean[0, 77, 1] = 0
+    assert arrays.same_bits(out, clean), "a NaN reached another row"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -82,9 +82,10 @@ Json to_json(const Peak& peak);
 
 // What a processor reaches on its own, in the instruction set and on the threads of the kernels.
 struct CpuPeak {
-  double float32_tflops = 0;   // multiply-adds, operands in registers
-  double bfloat16_tflops = 0;  // dot products, operands in registers; 0 where the instruction set has none
-  double read_tbytes = 0;      // per second, of an array larger than the caches
+  double float32_tflops = 0;       // multiply-adds, operands in registers
+  double bfloat16_tflops = 0;      // dot products, operands in registers; 0 where the instruction set has none
+  double bfloat16_dot_tflops = 0;  // those of vectors where bfloat16_tflops is of products of tiles; else 0
+  double read_tbytes = 0;          // per second, of an array larger than the caches
 };
 
 // Of `cpu`, which is cpu_machine()'s. Takes half a second and a quarter of a gibibyte, which it gives back.

@@ -19,9 +19,10 @@ int peak_of_cpu(const Options& options) {
       {"threads", std::to_string(num_threads())},
       {"instruction set", build_info().cpu_isa},
       {"multiply-add, float32", format("%.1f GFLOP/s", p.float32_tflops * 1e3)}};
-  if (p.bfloat16_tflops > 0) {
-    rows.push_back({"dot product, bfloat16", format("%.1f GFLOP/s", p.bfloat16_tflops * 1e3)});
-  }
+  bool const tiles = p.bfloat16_dot_tflops > 0;
+  if (tiles) rows.push_back({"product of tiles, bfloat16", format("%.1f GFLOP/s", p.bfloat16_tflops * 1e3)});
+  double const dot = tiles ? p.bfloat16_dot_tflops : p.bfloat16_tflops;
+  if (dot > 0) rows.push_back({"dot product, bfloat16", format("%.1f GFLOP/s", dot * 1e3)});
   rows.push_back({"memory, read", format("%.1f GB/s", p.read_tbytes * 1e3)});
   std::fputs(table(rows).c_str(), stdout);
   write(options, json);

@@ -80,12 +80,14 @@ double read_tbytes(Machine& cpu, ReadLoop loop) {
 
 CpuPeak measure_cpu_peak(Machine& cpu) {
   PeakLoops const& loops = chosen_loops();
-  return {product_tflops(cpu, loops.float32), product_tflops(cpu, loops.bfloat16), read_tbytes(cpu, loops.read)};
+  return {product_tflops(cpu, loops.float32), product_tflops(cpu, loops.bfloat16),
+          loops.bfloat16_dot ? product_tflops(cpu, loops.bfloat16_dot) : 0, read_tbytes(cpu, loops.read)};
 }
 
 Json to_json(const CpuPeak& peak) {
   Json::Members members = {{"float32_tflops", peak.float32_tflops}};
   if (peak.bfloat16_tflops > 0) members.emplace_back("bfloat16_tflops", peak.bfloat16_tflops);
+  if (peak.bfloat16_dot_tflops > 0) members.emplace_back("bfloat16_dot_tflops", peak.bfloat16_dot_tflops);
   members.emplace_back("read_tbytes_per_second", peak.read_tbytes);
   return Json::object(members);
 }

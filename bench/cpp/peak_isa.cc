@@ -49,9 +49,20 @@ double float32_loop(int64_t repetitions, float* registers) {
   return operations * static_cast<double>(repetitions);
 }
 
-double bfloat16_loop([[maybe_unused]] int64_t repetitions, [[maybe_unused]] float* registers) {
+// Dot products of vectors.
+double vector_loop([[maybe_unused]] int64_t repetitions, [[maybe_unused]] float* registers) {
+#if defined(__AVX512BF16__)
+  auto const one = BFloatAtom::splat_wide(0x3f803f80), little = BFloatAtom::splat_wide(0x35803580);  // two 2^-20
+  repeat(repetitions, registers, [=](Vec x) { return BFloatAtom::multiply_add(one, little, x); });
+  return operations * BFloatAtom::depth * static_cast<double>(repetitions);
+#else
+  return 0;
+#endif
+}
+
 #if defined(__AMX_BF16__)
-  // Four results as in the kernel's block, the operands two tiles of numbers that stay small.
+// Products of tiles: four results as in the kernel's block, the operands two tiles of numbers that stay small.
+double tile_loop(int64_t repetitions, float* registers) {
   TileRegisters const tiles;
   alignas(64) uint32_t little[tile_elements / 2];
   for (uint32_t& pair : little) pair = 0x2f802f80;  // two 2^-32
@@ -70,14 +81,12 @@ double bfloat16_loop([[maybe_unused]] int64_t repetitions, [[maybe_unused]] floa
   }
   tile_store<3>(registers, 0);  // all rows to the first
   return 4 * 2.0 * tile_rows * tile_columns * tile_depth * static_cast<double>(repetitions);
-#elif defined(__AVX512BF16__)
-  auto const one = BFloatAtom::splat_wide(0x3f803f80), little = BFloatAtom::splat_wide(0x35803580);  // two 2^-20
-  repeat(repetitions, registers, [=](Vec x) { return BFloatAtom::multiply_add(one, little, x); });
-  return operations * BFloatAtom::depth * static_cast<double>(repetitions);
-#else
-  return 0;
-#endif
 }
+
+constexpr ProductLoop bfloat16_loop = tile_loop, bfloat16_dot_loop = vector_loop;
+#else
+constexpr ProductLoop bfloat16_loop = vector_loop, bfloat16_dot_loop = nullptr;
+#endif
 
 float read_loop(const float* from, int64_t count) {
   constexpr int chains = 8;
@@ -97,7 +106,7 @@ float read_loop(const float* from, int64_t count) {
 namespace FLASHCORE_CPU_NAMESPACE {
 
 extern const PeakLoops peak_loops;
-const PeakLoops peak_loops = {float32_loop, bfloat16_loop, read_loop};
+const PeakLoops peak_loops = {float32_loop, bfloat16_loop, bfloat16_dot_loop, read_loop};
 
 }  // namespace FLASHCORE_CPU_NAMESPACE
 }  // namespace flashcore::bench

@@ -19,6 +19,7 @@ using ReadLoop = float (*)(const float* from, int64_t count);
 
 struct PeakLoops {
   ProductLoop float32, bfloat16;
+  ProductLoop bfloat16_dot;  // of vectors, where `bfloat16` takes products of tiles
   ReadLoop read;
 };
 

@@ -63,6 +63,12 @@ FLASHCORE_HD void tile_load(const void* from) {
   int64_t row_bytes;
   asm volatile("movl $64, %k0\n\ttileloadd (%1,%0,1), %%tmm%c2" : "=&r"(row_bytes) : "r"(from), "i"(tile) : "memory");
 }
+// The same past the first-level cache, where what is in use stays.
+template <int tile>
+FLASHCORE_HD void tile_stream(const void* from) {
+  int64_t row_bytes;
+  asm volatile("movl $64, %k0\n\ttileloaddt1 (%1,%0,1), %%tmm%c2" : "=&r"(row_bytes) : "r"(from), "i"(tile) : "memory");
+}
 template <int tile>
 FLASHCORE_HD void tile_store(void* to, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(row_bytes) : "memory");
@@ -102,48 +108,101 @@ FLASHCORE_HD __m512i upper_halves(__m512 low, __m512 high) {
   __m512i const upper = bits_of_all(0xffff0000u);
   return _mm512_ternarylogic_epi32(moved, _mm512_castps_si512(high), upper, 0xd8);  // upper ? high : moved
 }
-// What the upper half leaves, exactly.
-FLASHCORE_HD __m512 rest_of(__m512 x) {
-  __m512i const upper = bits_of_all(0xffff0000u);
-  return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), upper)));
+FLASHCORE_HD __m512 upper_half(__m512 x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), bits_of_all(0xffff0000u)));
 }
-FLASHCORE_HD __m512i pair_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+// What the upper half leaves, exactly.
+FLASHCORE_HD __m512 rest_of(__m512 x) { return _mm512_sub_ps(x, upper_half(x)); }
+
+// Two vectors of numbers that are bfloat16, one after the other or, which is faster, side by side.
+enum class Order { kept, any };
+template <Order order>
+FLASHCORE_HD __m512i both_of(__m512 low, __m512 high) {
+  return order == Order::any ? upper_halves(low, high) : (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
 
 FLASHCORE_HD __mmask32 mask_of(int present) {
   return present >= 32 ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
+}
+
+// 2^x as a polynomial of f, x = n + f with n the nearest integer. Nothing is limited: infinities make NaN.
+template <int count, int n>
+FLASHCORE_HD void exp2_in_range(const float (&terms)[count], Vec (&x)[n]) {
+  const Vec shifter = splat(12582912.0f);
+  Vec whole[n], f[n], p[n];
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) whole[i] = x[i] + shifter;
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) whole[i] = whole[i] - shifter;
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) f[i] = x[i] - whole[i];
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) p[i] = splat(terms[count - 1]) * f[i] + splat(terms[count - 2]);
+#pragma GCC unroll 8
+  for (int k = count - 3; k >= 0; --k) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) p[i] = p[i] * f[i] + splat(terms[k]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) x[i] = (Vec)_mm512_scalef_ps((__m512)p[i], (__m512)whole[i]);
+}
+
+// Results of operations that would be subnormal are 0 while this lives: processors take long over them.
+class FlushedSubnormals {
+ public:
+  FlushedSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushedSubnormals() { _mm_setcsr(saved_); }
+  FlushedSubnormals(const FlushedSubnormals&) = delete;
+  FlushedSubnormals& operator=(const FlushedSubnormals&) = delete;
+
+ private:
+  unsigned saved_;
+};
+
+// 32 columns of an output row, of each eight the lower four in `first` and the upper four in `second`, in their order.
+FLASHCORE_HD void in_order(__m512 first, __m512 second, __m512 (&to)[2]) {
+  __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  to[0] = _mm512_permutex2var_ps(first, low, second);
+  to[1] = _mm512_permutex2var_ps(first, high, second);
 }
 
 // Bfloat16 as it is.
 template <>
 struct Parts<BFloat> {
   static constexpr int count = 1;
+  static constexpr float exp2_terms[] = {0.99992806f, 0.69326097f, 0.24261113f, 0.05517167f};  // to 7.5e-5
+  static constexpr bool rounds_weights = true, exact_at_reference = false;
   static constexpr Term scores[] = {{0, 0}};
   static constexpr Term outputs[] = {{0, 0}};
 
+  template <Order order>
   FLASHCORE_HD static unsigned split(const BFloat* from, int present, __m512i (&to)[count]) {
     to[0] = _mm512_maskz_loadu_epi16(mask_of(present), from);
-    return 0;
+    if constexpr (order == Order::any) return 0;  // keys and queries
+    __m512i const magnitude = _mm512_and_si512(to[0], _mm512_set1_epi16(0x7fff));
+    return _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(0x7180)) != 0 ? out_of_range : Unfit{};  // 2^100
   }
-  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
-    __m512i const half = bits_of_all(0x8000);  // rounds to the nearest
-    to[0] = upper_halves(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(low), half)),
-                         _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(high), half)));
+  FLASHCORE_HD static __m512 split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+    __m512 const first = nearest_bfloat(low), second = nearest_bfloat(high);
+    to[0] = upper_halves(first, second);
+    return _mm512_add_ps(first, second);
   }
-  // To the nearest, halves to even, subnormals as they are (the processor's own conversion takes them for 0). NaN stays
-  // NaN: those of operations and of bfloat16 have zeros in the half that falls off.
-  FLASHCORE_HD static void join(__m512 low, __m512 high, BFloat* to, int present) {
-    __m512i const even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    __m512i const odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    __m512 const evens = rounded(_mm512_permutex2var_ps(low, even, high));
-    __m512 const odds = rounded(_mm512_permutex2var_ps(low, odd, high));
-    _mm512_mask_storeu_epi16(to, mask_of(present), upper_halves(evens, odds));
+  // 32 columns of an output row times `factor`, as they lie in tiles (in_order()): to the nearest, halves to even,
+  // subnormals as they are (the processor's own conversion takes them for 0). NaN stays NaN: those of operations and of
+  // bfloat16 have zeros in the half that falls off.
+  FLASHCORE_HD static void join(__m512 first, __m512 second, __m512 factor, BFloat* to, __mmask32 present) {
+    // Of each eight columns packing puts the lower four beside the upper four.
+    __m512i const packed =
+        _mm512_packus_epi32(rounded(_mm512_mul_ps(first, factor)), rounded(_mm512_mul_ps(second, factor)));
+    _mm512_mask_storeu_epi16(to, present, packed);
   }
 
  private:
-  FLASHCORE_HD static __m512 rounded(__m512 x) {
+  FLASHCORE_HD static __m512i rounded(__m512 x) {
     __m512i const bits = _mm512_castps_si512(x);
     __m512i const last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))));
+    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))), 16);
   }
 };
 
@@ -152,28 +211,34 @@ struct Parts<BFloat> {
 template <>
 struct Parts<Half> {
   static constexpr int count = 2;
-  static constexpr Term scores[] = {{0, 0}, {0, 1}, {1, 1}, {1, 0}};
+  static constexpr float exp2_terms[] = {1.0f, 6.93124175e-1f, 2.40240991e-1f, 5.59064262e-2f, 9.58285294e-3f};
+  static constexpr bool rounds_weights = false, exact_at_reference = false;
+  static constexpr Term scores[] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}};
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
 
+  template <Order order>
   FLASHCORE_HD static unsigned split(const Half* from, int present, __m512i (&to)[count]) {
     __m512i const bits = _mm512_maskz_loadu_epi16(mask_of(present), from);
     __m512 const low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
     __m512 const high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
-    to[0] = pair_of(first_low, first_high);
-    to[1] = pair_of(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
+    to[0] = both_of<order>(first_low, first_high);
+    to[1] = both_of<order>(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
     __m512i const magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
     return _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0 ? infinite : Unfit{};
   }
-  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+  FLASHCORE_HD static __m512 split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     to[0] = upper_halves(low, high);
     to[1] = upper_halves(rest_of(low), rest_of(high));
+    return _mm512_add_ps(low, high);
   }
-  FLASHCORE_HD static void join(__m512 low, __m512 high, Half* to, int present) {
+  FLASHCORE_HD static void join(__m512 first, __m512 second, __m512 factor, Half* to, __mmask32 present) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    __m512 x[2];
+    in_order(_mm512_mul_ps(first, factor), _mm512_mul_ps(second, factor), x);
     __m512i const both =
-        _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low, nearest)), _mm512_cvtps_ph(high, nearest), 1);
-    _mm512_mask_storeu_epi16(to, mask_of(present), both);
+        _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(x[0], nearest)), _mm512_cvtps_ph(x[1], nearest), 1);
+    _mm512_mask_storeu_epi16(to, present, both);
   }
 };
 
@@ -182,50 +247,73 @@ struct Parts<Half> {
 template <>
 struct Parts<float> {
   static constexpr int count = 3;
-  static constexpr Term scores[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
-  static constexpr Term outputs[] = {{0, 2}, {0, 1}, {0, 0}, {1, 0}, {1, 1}, {2, 0}};
+  static constexpr float exp2_terms[] = {1.0f,           6.93147203e-1f, 2.40226479e-1f, 5.55033247e-2f,
+                                         9.61843736e-3f, 1.33988746e-3f, 1.5353362e-4f};
+  static constexpr bool rounds_weights = false, exact_at_reference = true;
+  static constexpr Term scores[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
+  static constexpr Term outputs[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
 
+  template <Order order>
   FLASHCORE_HD static unsigned split(const float* from, int present, __m512i (&to)[count]) {
     __mmask32 const mask = mask_of(present);
     __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
     __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + tile_columns);
-    split(low, high, to);
+    split<order>(low, high, to);
     return unfit(low) | unfit(high);
   }
+  template <Order order>
   FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) {
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
     __m512 const rest_low = _mm512_sub_ps(low, first_low), rest_high = _mm512_sub_ps(high, first_high);
     __m512 const second_low = nearest_bfloat(rest_low), second_high = nearest_bfloat(rest_high);
-    to[0] = pair_of(first_low, first_high);
-    to[1] = pair_of(second_low, second_high);
-    to[2] = pair_of(_mm512_sub_ps(rest_low, second_low), _mm512_sub_ps(rest_high, second_high));
+    to[0] = both_of<order>(first_low, first_high);
+    to[1] = both_of<order>(second_low, second_high);
+    to[2] = both_of<order>(_mm512_sub_ps(rest_low, second_low), _mm512_sub_ps(rest_high, second_high));
   }
-  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+  FLASHCORE_HD static __m512 split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     __m512 const rest_low = rest_of(low), rest_high = rest_of(high);
     to[0] = upper_halves(low, high);
     to[1] = upper_halves(rest_low, rest_high);
     to[2] = upper_halves(rest_of(rest_low), rest_of(rest_high));
+    return _mm512_add_ps(low, high);
   }
-  FLASHCORE_HD static void join(__m512 low, __m512 high, float* to, int present) {
-    __mmask32 const mask = mask_of(present);
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), low);
-    _mm512_mask_storeu_ps(to + lanes, static_cast<__mmask16>(mask >> 16), high);
+  FLASHCORE_HD static void join(__m512 first, __m512 second, __m512 factor, float* to, __mmask32 present) {
+    __m512 x[2];
+    in_order(_mm512_mul_ps(first, factor), _mm512_mul_ps(second, factor), x);
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(present), x[0]);
+    _mm512_mask_storeu_ps(to + lanes, static_cast<__mmask16>(present >> 16), x[1]);
   }
 
  private:
-  // What rounds to infinity, and what has parts so small that the products take them for 0: all finite numbers but 0
-  // and those in [2^-100, 2^127).
+  // What has parts so small that the products take them for 0, and what is so large that sums overflow with weights of
+  // up to 2^24: all finite numbers but 0 and those in [2^-100, 2^100).
   FLASHCORE_HD static unsigned unfit(__m512 x) {
     __m512i const magnitude = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(x));
     __m512i const above = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(27 << 24));
     __mmask16 const suspect = _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(magnitude, magnitude), above,
-                                                           _mm512_set1_epi32((254 - 27) << 24));
+                                                           _mm512_set1_epi32((227 - 27) << 24));
     if (suspect == 0) return 0;
     __m512i const infinity = _mm512_set1_epi32(static_cast<int>(0xff000000u));
     return (_mm512_cmpeq_epu32_mask(magnitude, infinity) != 0 ? infinite : Unfit{}) |
            (_mm512_mask_cmplt_epu32_mask(suspect, magnitude, infinity) != 0 ? out_of_range : Unfit{});
   }
 };
+
+// The exponents of weights. `offset` is offset_for() the row's reference. Where they must be exactly 0 for the
+// reference itself, the difference comes first; else one instruction does both.
+template <typename T>
+FLASHCORE_HD float offset_for(float reference, float factor) {
+  if (reference == minus_infinity()) return 0.0f;
+  return Parts<T>::exact_at_reference ? reference : -(reference * factor);
+}
+template <typename T>
+FLASHCORE_HD Vec exponents(Vec scores, float factor, float offset) {
+  if constexpr (Parts<T>::exact_at_reference) {
+    return (scores - splat(offset)) * splat(factor);
+  } else {
+    return scores * splat(factor) + splat(offset);
+  }
+}
 
 // Weights as the second product's left operand, [32 keys][part][2 tiles of 16 rows]; side by side the keys i and 16 +
 // i.
@@ -234,101 +322,120 @@ struct TileAtom {
   static constexpr int parts = Parts<T>::count;
   static constexpr int step_floats = parts * 2 * tile_bytes / 4;  // weights of 32 keys
 
-  // Of a row and 32 keys, at `to`.
-  FLASHCORE_HD static void store_weights(float* to, const Vec (&weights)[2]) {
+  // Of a row and 32 keys, at `to`. Returns what they add to the row's sum.
+  FLASHCORE_HD static Vec store_weights(float* to, const Vec (&weights)[2]) {
     __m512i part[parts];
-    Parts<T>::split_weights((__m512)weights[0], (__m512)weights[1], part);
+    __m512 const sum = Parts<T>::split_weights((__m512)weights[0], (__m512)weights[1], part);
 #pragma GCC unroll 3
     for (int i = 0; i < parts; ++i) _mm512_storeu_si512(to + i * 2 * tile_floats, part[i]);
+    return (Vec)sum;
   }
 };
 
 // One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
-// operand's parts in tiles 4 and 5, the right one's in 6 and 7. Calls of `beside` stand among the products: what they
-// do runs meanwhile. With one term they stand after each product, not after every fourth: the processor looks ahead
-// only so far.
-template <const auto& terms, int row_tiles, int n = 0, typename Beside>
-FLASHCORE_HD void tile_step(const char* left, const char* right, Beside& beside) {
+// operand's parts in tiles 4 and 5, the right one's in 6 and 7. begin(c) stands before the first product of tile c.
+// Calls of `beside` stand among the products: what they do runs meanwhile. With one term they stand after each product,
+// not after every fourth: the processor looks ahead only so far.
+template <const auto& terms, int row_tiles, int n = 0, typename Begin, typename Beside>
+FLASHCORE_HD void tile_step(const char* left, const char* right, Begin begin, Beside& beside) {
   constexpr int count = sizeof(terms) / sizeof(Term);
   if constexpr (n < count) {
     constexpr int i = terms[n].left, j = terms[n].right;
     constexpr int i_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].left;
     constexpr int j_before = n == 0 ? -1 : terms[n == 0 ? 0 : n - 1].right;
-    if constexpr (j != j_before) tile_load<6>(right + (2 * j) * tile_bytes);
+    if constexpr (n == 0) begin(Constant<0>{});
+    if constexpr (j != j_before) tile_stream<6>(right + (2 * j) * tile_bytes);
     if constexpr (i != i_before) tile_load<4>(left + 2 * i * tile_bytes);
     tile_multiply_add<0, 4, 6>();
     if constexpr (count == 1) beside();
-    if constexpr (j != j_before) tile_load<7>(right + (2 * j + 1) * tile_bytes);
+    if constexpr (n == 0) begin(Constant<1>{});
+    if constexpr (j != j_before) tile_stream<7>(right + (2 * j + 1) * tile_bytes);
     tile_multiply_add<1, 4, 7>();
-    beside();
+    if constexpr (count == 1) beside();
+    if constexpr (n == 0) begin(Constant<2>{});
     if constexpr (row_tiles == 2) {
       if constexpr (i != i_before) tile_load<5>(left + (2 * i + 1) * tile_bytes);
       tile_multiply_add<2, 5, 6>();
       if constexpr (count == 1) beside();
-      tile_multiply_add<3, 5, 7>();
-      beside();
     }
-    tile_step<terms, row_tiles, n + 1>(left, right, beside);
+    if constexpr (n == 0) begin(Constant<3>{});
+    if constexpr (row_tiles == 2) tile_multiply_add<3, 5, 7>();
+    beside();
+    tile_step<terms, row_tiles, n + 1>(left, right, begin, beside);
   }
 }
 
-// How often a step calls `beside`.
+// How often a step of two row tiles calls `beside`.
 template <const auto& terms>
-constexpr int calls_of_step(int row_tiles) {
-  constexpr int count = sizeof(terms) / sizeof(Term);
-  return row_tiles * (count == 1 ? 2 : count);
-}
+constexpr int calls_of_step = sizeof(terms) / sizeof(Term) == 1 ? 4 : sizeof(terms) / sizeof(Term);
 
-template <int row_tiles>
-FLASHCORE_HD void zero_block() {
-  tile_zero<0>();
-  tile_zero<1>();
-  if constexpr (row_tiles == 2) {
-    tile_zero<2>();
-    tile_zero<3>();
-  }
-}
+// Nothing beside the products.
+struct Nothing {
+  FLASHCORE_HD void operator()() {}
+};
 
 // A block in memory is [column tile][32 rows][16 columns]: a tile lies together.
 constexpr int column_floats = amx_block * tile_columns;
+constexpr int block_floats = 2 * column_floats;
+constexpr int place_in_block(int c) { return c % 2 * column_floats + c / 2 * tile_floats; }
 
-template <int row_tiles>
-FLASHCORE_HD void load_block(const float* from) {
-  tile_load<0>(from);
-  tile_load<1>(from + column_floats);
-  if constexpr (row_tiles == 2) {
-    tile_load<2>(from + tile_floats);
-    tile_load<3>(from + column_floats + tile_floats);
+// Computes blocks one after the other. A block's results go to memory while the next one begins, each tile just before
+// it is needed: after its last products, with nothing to do meanwhile, they took 64 clocks more.
+class TileBlocks {
+ public:
+  // result = start + left · right, 16 · row_tiles rows with 32 columns over `steps` (at least one) times 32 elements of
+  // the inner dimension, both packed as [step][part][2 tiles]. `start`: a block, or null for zeros. The result will be
+  // at `to`.
+  template <const auto& terms, int parts, int row_tiles, typename Beside>
+  FLASHCORE_HD void multiply(const uint16_t* left, const uint16_t* right, int steps, const float* start, float* to,
+                             Beside& beside) {
+    constexpr int stride = parts * 2 * tile_bytes;
+    const char* l = reinterpret_cast<const char*>(left);
+    const char* r = reinterpret_cast<const char*>(right);
+    if (start) {
+      tile_step<terms, row_tiles>(
+          l, r,
+          [&](auto c) __attribute__((always_inline)) {
+            store(c);
+            tile_load<decltype(c)::value>(start + place_in_block(decltype(c)::value));
+          },
+          beside);
+    } else {
+      tile_step<terms, row_tiles>(
+          l, r,
+          [&](auto c) __attribute__((always_inline)) {
+            store(c);
+            tile_zero<decltype(c)::value>();
+          },
+          beside);
+    }
+    for (int s = 1; s < steps; ++s) {
+      tile_step<terms, row_tiles>(l + s * stride, r + s * stride, [](auto) __attribute__((always_inline)) {}, beside);
+    }
+    to_ = to;
   }
-}
 
-template <int row_tiles>
-FLASHCORE_HD void store_block(float* to) {
-  tile_store<0>(to, 64);
-  tile_store<1>(to + column_floats, 64);
-  if constexpr (row_tiles == 2) {
-    tile_store<2>(to + tile_floats, 64);
-    tile_store<3>(to + column_floats + tile_floats, 64);
+  // Brings the last results to memory.
+  void finish() {
+    store(Constant<0>{});
+    store(Constant<1>{});
+    store(Constant<2>{});
+    store(Constant<3>{});
+    to_ = nowhere_;
   }
-}
 
-// result += left · right, 16 · row_tiles rows with 32 columns over `steps` times 32 elements of the inner dimension,
-// both packed as [step][part][2 tiles].
-template <const auto& terms, int parts, int row_tiles, typename Beside>
-FLASHCORE_HD void tile_products(const uint16_t* left, const uint16_t* right, int steps, Beside& beside) {
-  for (int s = 0; s < steps; ++s, left += parts * 2 * tile_elements, right += parts * 2 * tile_elements) {
-    tile_step<terms, row_tiles>(reinterpret_cast<const char*>(left), reinterpret_cast<const char*>(right), beside);
+  // `nowhere`: a block for what tiles hold when there is no result.
+  explicit TileBlocks(float* nowhere) : nowhere_(nowhere), to_(nowhere) {}
+
+ private:
+  template <typename C>
+  FLASHCORE_HD void store(C) {
+    tile_store<C::value>(to_ + place_in_block(C::value), 64);
   }
-}
 
-// 32 columns of an output row, of each eight the lower four in `first` and the upper four in `second`, in their order.
-FLASHCORE_HD void in_order(const float* first, const float* second, __m512 (&to)[2]) {
-  __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  __m512 const a = _mm512_loadu_ps(first), b = _mm512_loadu_ps(second);
-  to[0] = _mm512_permutex2var_ps(a, low, b);
-  to[1] = _mm512_permutex2var_ps(a, high, b);
-}
+  float* nowhere_;
+  float* to_;  // where tiles 0 to 3 go, all four
+};
 
 }  // namespace
 }  // namespace flashcore::cpu

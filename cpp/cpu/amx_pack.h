@@ -22,7 +22,7 @@ unsigned pack_tile_queries(RowOf row_of, int count, int head_dim, uint16_t* to) 
     at += row % tile_rows * tile_depth;
     for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
       __m512i part[parts] = {};
-      if (from) unfit |= Parts<T>::split(from + s * tile_depth, head_dim - s * tile_depth, part);
+      if (from) unfit |= Parts<T>::template split<Order::any>(from + s * tile_depth, head_dim - s * tile_depth, part);
       for (int i = 0; i < parts; ++i) _mm512_storeu_si512(at + i * 2 * tile_elements, part[i]);
     }
   }
@@ -44,7 +44,8 @@ unsigned pack_tile_keys(const T* from, int64_t stride, int count, int keys, int 
       for (int k = 0; k < tile_columns; ++k) {
         __m512i part[parts] = {};
         if (key + k < count) {
-          unfit |= Parts<T>::split(from + (key + k) * stride + s * tile_depth, head_dim - s * tile_depth, part);
+          unfit |= Parts<T>::template split<Order::any>(from + (key + k) * stride + s * tile_depth,
+                                                        head_dim - s * tile_depth, part);
         }
         for (int i = 0; i < parts; ++i) rows[i][k] = part[i];
       }
@@ -70,8 +71,10 @@ unsigned pack_tile_values(const T* from, int64_t stride, int count, int keys, in
         uint16_t* const at = to + (c * steps + s) * parts * 2 * tile_elements + i * tile_depth;
         __m512i low[parts] = {}, high[parts] = {};
         const T* const column = from + c * amx_block;
-        if (key < count) unfit |= Parts<T>::split(column + key * stride, head_dim - c * amx_block, low);
-        if (other < count) unfit |= Parts<T>::split(column + other * stride, head_dim - c * amx_block, high);
+        if (key < count)
+          unfit |= Parts<T>::template split<Order::kept>(column + key * stride, head_dim - c * amx_block, low);
+        if (other < count)
+          unfit |= Parts<T>::template split<Order::kept>(column + other * stride, head_dim - c * amx_block, high);
         for (int j = 0; j < parts; ++j) {
           _mm512_storeu_si512(at + 2 * j * tile_elements, _mm512_unpacklo_epi16(low[j], high[j]));
           _mm512_storeu_si512(at + (2 * j + 1) * tile_elements, _mm512_unpackhi_epi16(low[j], high[j]));

@@ -65,9 +65,8 @@ FLASHCORE_HD void few_tile_outputs(const float* weights, int padded, const float
           k + tile_rows < padded ? _mm512_loadu_ps(weights + 4 * (k + tile_rows) + i * lanes) : _mm512_setzero_ps();
     }
     for (int r = 0; r < 4; ++r) {
-      __m512i pairs[1];
-      Parts<BFloat>::split_weights(row_of_weights(low, r), row_of_weights(high, r), pairs);
-      _mm512_store_si512(rows[r], pairs[0]);
+      __m512 const first = nearest_bfloat(row_of_weights(low, r)), second = nearest_bfloat(row_of_weights(high, r));
+      _mm512_store_si512(rows[r], upper_halves(first, second));
     }
     tile_load<6>(rows, 64);
     for (int c = 0; c < head_dim; c += amx_block) {
@@ -100,7 +99,7 @@ FLASHCORE_HD void few_tile_outputs(const float* weights, int padded, const float
     for (int r = 0; r < 4; ++r) {
       float* const to = out + r * head_dim + c;
       __m512 x[2];
-      in_order(sums[c / amx_block][0][r], sums[c / amx_block][1][r], x);
+      in_order(_mm512_load_ps(sums[c / amx_block][0][r]), _mm512_load_ps(sums[c / amx_block][1][r]), x);
       for (int i = 0; i < 2; ++i) store(to + i * lanes, load(to + i * lanes) * splat(ratio[r]) + (Vec)x[i]);
     }
   }

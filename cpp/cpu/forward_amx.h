@@ -1,6 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // One tile of queries on the processor's tile registers: Forward's work (forward_isa.cc) with products of 32 x 32
 // blocks.
+//
+// A row's weights are relative to a reference that stays, the largest of the first 32 scores that it sees: bfloat16 has
+// exponents enough, and no later unit must look for its maxima first. Only rows of which a pass makes weights too large
+// have a new reference, and those weights once more. The sums are those of the weights as the products take them:
+// in bfloat16 the largest weight is rounded too, and its error cancels.
+//
+// What bounds it (Xeon with AMX, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128, 512 keys):
+// 13.5 / 19.5 in all, of which packing and the rest outside of the pipeline take 2.8 / 4, the products alone 4.5 / 9
+// (4 / 8 at their peak), the weights alone 6 (of which half are multiply-adds, that run at half rate beside products).
+// Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not, which is why
+// keys and values are loaded past it (15.6 / 24 clocks before); they are 2 x 20 clocks beside four products' 64.
 #pragma once
 
 #include "cpu/amx.h"
@@ -15,27 +26,26 @@ struct ForwardTiles : TileRows<T, Score> {
   using Base = TileRows<T, Score>;
   using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
   static constexpr int parts = Atom::parts;
-  static constexpr bool rough = sizeof(T) == 2;
-  // Keys of a tile here: storing a block and loading it again takes longer than its products with 64 keys, so that
-  // there should be many. Packed they pass through the second-level cache.
+  // Keys of a tile here: storing a block of outputs and loading it again takes as long as its products with 64 keys, so
+  // that there should be many. Packed they pass through the second-level cache.
   static constexpr int keys_of_tile = 256;
   static constexpr int step_elements = parts * 2 * tile_elements;  // of a packed block, in a step
-  static constexpr int panel_floats = panel_width * amx_block;     // scores of a panel
-  static constexpr int pass_floats = keys_of_tile * amx_block;     // scores of a pass
+  static constexpr int unit_floats = block_floats;                 // scores of a unit
+  static constexpr float largest_sum = 0x1p24f;                    // of a pass: above it a row has a new reference
   static constexpr int weight_floats = keys_of_tile / tile_depth * Atom::step_floats;
-  static_assert(tile_q % amx_block == 0 && panel_width % amx_block == 0);
+  static_assert(tile_q % amx_block == 0 && keys_of_tile % amx_block == 0 && amx_block == tile_depth);
 
-  // A block of rows with a packed tile of keys.
+  // A block of rows with a packed tile of keys, of which it takes in units of 32 keys those that some row sees.
   struct Pass {
     int block, first_key, held;
-    Span span;  // the keys that some of its rows see, in whole panels
+    Span span;
     bool two_tiles;
-    float* scores;
     float* weights;
-    float ratio[amx_block];  // what its weights make of the outputs so far
+    bool rescales = false;   // the outputs so far,
+    float ratio[amx_block];  // by this
 
     int height() const { return two_tiles ? amx_block : tile_rows; }
-    int panels() const { return (span.end - span.begin) / panel_width; }
+    int units() const { return (span.end - span.begin) / amx_block; }
   };
 
   int steps;            // of the head dimension
@@ -46,20 +56,38 @@ struct ForwardTiles : TileRows<T, Score> {
   uint16_t* keys;       // [tile][32 keys][step][part][2 tiles]
   uint16_t* values;     // [tile][32 columns][32 keys][part][2 tiles]
   float* out;           // [block of 32 rows] of `columns`
-  float* scores;        // of two passes
+  float* scores;        // of four units: three in turn, and one to compute again
   float* weights;       // of two passes
   T* gathered;          // [keys_of_tile][head_dim]: rows that lie in pages
   RowStates<tile_q> state;
+  float exact_sum[tile_q];         // of the weights before they are rounded
+  float offset[tile_q];            // what is added in the exponent: -factor times the row's reference (state.max)
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
+  int settled_block = -1;          // all of whose rows have a reference
+  float unseen;                    // the score of a key that a row does not see
 
-  // The pipeline: a pass whose scores are there and whose weights are next, and one whose weights are there.
+  // The pipeline (pass()).
+  TileBlocks products;
+  struct Unit {
+    Pass* pass = nullptr;
+    int index = 0;  // in it
+    float* scores = nullptr;
+  };
   Pass passes[3] = {};
-  int last_pass = 0;
-  Pass* weighed = nullptr;
-  const Pass* finished = nullptr;
+  int last_pass = 0, last_slot = 0;
+  Unit waiting;          // whose scores are there
+  Unit weighed;          // whose weights are being made
+  Pass* made = nullptr;  // whose weights are there, and of whose outputs the first `column` blocks of columns;
+  int column = 0;        // the others come
+  int turns = 0;         // in so many turns
+  Vec sums[amx_block];   // of the last pass, lane by lane
+  Vec exact[amx_block];  // of the weights before they are rounded, for the log-sum-exp
 
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
-      : Base(p, t), steps(ceil_div(p.head_dim, tile_depth)), columns(ceil_div(p.head_dim, amx_block) * amx_block) {
+      : Base(p, t),
+        steps(ceil_div(p.head_dim, tile_depth)),
+        columns(ceil_div(p.head_dim, amx_block) * amx_block),
+        products(nullptr) {
     packed_elements = keys_of_tile * steps * tile_depth * parts;
     held_tiles = max_of(1, packed_bytes / (2 * 2 * packed_elements));
     float* at = scratch;
@@ -72,17 +100,59 @@ struct ForwardTiles : TileRows<T, Score> {
     values = reinterpret_cast<uint16_t*>(take(held_tiles * packed_elements / 2));
     queries = reinterpret_cast<uint16_t*>(take(tile_q * max_head_dim * parts / 2));
     out = take(tile_q * max_head_dim);
-    scores = take(2 * pass_floats);
+    scores = take(4 * unit_floats);
     weights = take(2 * weight_floats);
+    products = TileBlocks(scores + 3 * unit_floats);
     gathered = reinterpret_cast<T*>(at);
-    constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * max_head_dim + 2 * pass_floats +
+    constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * max_head_dim + 4 * unit_floats +
                                2 * weight_floats + keys_of_tile * max_head_dim;
     static_assert(floats + packed_bytes / 4 <= scratch_floats &&
                   4 * keys_of_tile * max_head_dim * parts <= packed_bytes);
   }
 
+  // The weights of a unit, `each` rows at a call. All that it needs is in itself: products are said to change memory,
+  // and what lies there would be read again after each.
+  struct Beside {
+    float factor = 0.0f;
+    const float* s = nullptr;
+    const float* offset = nullptr;
+    float* w = nullptr;
+    float* sums = nullptr;
+    float* exact = nullptr;  // or null
+    int64_t row = 0, rows = 0;
+    int each = 0;  // rows of a call
+
+    FLASHCORE_HD void operator()() {
+      for (int i = 0; i < each && row < rows; ++i) weigh();
+    }
+    FLASHCORE_HD void rest() {
+      while (row < rows) weigh();
+    }
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    __attribute__((noinline))  // in a dozen places with checks GCC 12 takes minutes over it
+#else
+    FLASHCORE_HD
+#endif
+    void weigh() {
+      int64_t const at = row * lanes;
+      Vec x[2] = {load(s + at), load(s + at + column_floats)};
+      for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
+      if (exact) {
+        exp2_in_range(Parts<Half>::exp2_terms, x);
+        store(exact + at, load(exact + at) + (x[0] + x[1]));
+      } else {
+        exp2_in_range(Parts<T>::exp2_terms, x);
+      }
+      Vec const sum = Atom::store_weights(w + at, x);
+      store(sums + at, load(sums + at) + sum);
+      ++row;
+    }
+  };
+
   // Returns whether it has written the result: not where products of parts are not those of the numbers.
   bool run() {
+    unseen = -1e9f / score.factor;
+    if (unseen < -1e38f) return false;
     TileRegisters const registers;
     KeyRange const range = mask.key_range(tile.q_begin, tile.q_begin + tile.queries, keys_of_tile);
     const T* const array = static_cast<const T*>(params.q.data);
@@ -91,23 +161,27 @@ struct ForwardTiles : TileRows<T, Score> {
         pack_tile_queries<T>([&](int row) { return array + offset_of(params.q, row); }, rows, params.head_dim, queries);
     if (unfit & out_of_range) return false;
     for (bool& block : fresh) block = true;
+    clear_sums();
+    for (int row = 0; row < ceil_div(rows, amx_block) * amx_block; ++row) offset[row] = exact_sum[row] = 0.0f;
     for (int t = range.begin; t < range.end; t += held_tiles) {
       int const end = min_of(t + held_tiles, range.end);
       for (int i = t; i < end; ++i) {
         if (!pack(i * keys_of_tile, i - t)) return false;
       }
+      FlushedSubnormals const flushed;
+      Beside beside;
       for (int block = 0; block * amx_block < rows; ++block) {
-        for (int i = t; i < end; ++i) pass(block, i * keys_of_tile, i - t);
+        for (int i = t; i < end; ++i) pass(block, i * keys_of_tile, i - t, beside);
       }
-      finish();
+      finish(beside);
     }
     write();
     return true;
   }
 
-  // In whole panels, of the tile that begins at first_key.
+  // Filled up to whole blocks, of the tile that begins at first_key.
   int packed_keys(int first_key) const {
-    return ceil_div(min_of(keys_of_tile, mask.seqlen_k - first_key), panel_width) * panel_width;
+    return ceil_div(min_of(keys_of_tile, mask.seqlen_k - first_key), amx_block) * amx_block;
   }
 
   // The tile of keys from first_key on, into the place `held` of those that are held.
@@ -129,220 +203,259 @@ struct ForwardTiles : TileRows<T, Score> {
     return packed(params.k, pack_tile_keys<T>, keys) == 0 && packed(params.v, pack_tile_values<T>, values) == 0;
   }
 
-  // A block of rows with the packed tile of keys that begins at first_key.
-  void pass(int block, int first_key, int held) {
-    int const row = block * amx_block, last = min_of(row + amx_block, rows) - 1;
-    int const begin = mask.first_key(query_of(row)) - first_key, end = mask.end_key(query_of(last)) - first_key;
+  // A block of rows with the packed tile of keys that begins at first_key. The work is a pipeline: products, which make
+  // the scores of a unit and some outputs of a pass whose weights are there, beside the weights of the unit before the
+  // last, which are the vector units' work. (The last one's scores are still on their way to memory.)
+  FLASHCORE_HD void pass(int block, int first_key, int held, Beside& beside) {
+    int const row = block * amx_block, end_row = min_of(row + amx_block, rows) - 1;
+    int const begin = mask.first_key(query_of(row)) - first_key, end = mask.end_key(query_of(end_row)) - first_key;
     int const packed = packed_keys(first_key);
     if (end <= 0 || begin >= packed || begin >= end) return;
     ++last_pass;
-    bool const odd = last_pass % 2 != 0;
     Pass& next = passes[last_pass % 3];
     next.block = block;
     next.first_key = first_key;
     next.held = held;
-    next.span = {max_of(begin, 0) / panel_width * panel_width,
-                 min_of(ceil_div(end, panel_width) * panel_width, packed)};
+    next.span = {max_of(begin, 0) / amx_block * amx_block, min_of(ceil_div(end, amx_block) * amx_block, packed)};
     next.two_tiles = rows - row > tile_rows;
-    next.scores = scores + odd * pass_floats;
-    next.weights = weights + odd * weight_floats;
-    advance(&next);
+    next.weights = weights + last_pass % 2 * weight_floats;
+    int const calls = steps * calls_of_step<Parts<T>::scores>;
+    for (int i = 0; i < next.units(); ++i) {
+      last_slot = last_slot == 2 ? 0 : last_slot + 1;
+      float* const s = scores + last_slot * unit_floats;
+      compute_scores(next, i, s, beside);
+      outputs_until(advance(&next, i, s, calls, beside), beside);
+    }
   }
 
-  // The work is a pipeline: scores of a pass and outputs of the last but one, which are products, beside the weights of
-  // the last, which are the vector units' work. (One thread, 2,048 keys, D 128, against one after the other: about 1.3
-  // times as fast in float32, 1.2 in float16 and little in bfloat16. Beside products additions of vectors cost nothing
-  // here, but multiply-adds have half of their rate. To fetch the lines that scores go to ahead made it 3% slower.)
-  void advance(Pass* next) {
-    Vec sums[amx_block];
-    float offset[amx_block];
-    Beside beside;
-    if (weighed) {
-      begin_weights(*weighed, offset);
-      for (Vec& sum : sums) sum = splat(0.0f);
-      beside = {&score.factor,
-                weighed->height(),
-                weighed->height() * weighed->panels(),
-                weighed->scores,
-                offset,
-                weights_at(*weighed, weighed->span.begin),
-                sums};
-      if (next) {
-        beside.calls += 2 * next->panels() * steps * calls_of_step<Parts<T>::scores>(next->two_tiles ? 2 : 1);
-      }
-      if (finished) {
-        beside.calls += 2 * finished->panels() * columns / amx_block *
-                        calls_of_step<Parts<T>::outputs>(finished->two_tiles ? 2 : 1);
-      }
-    }
-    if (next) compute_scores(*next, beside);
-    if (finished) outputs(*finished, beside);
+  // A unit's scores are there (or there are no more): the next weights are those of the unit before, beside `calls` of
+  // products that follow and the outputs that are to be computed now, up to the returned block of columns.
+  FLASHCORE_HD int advance(Pass* next, int index, float* next_scores, int calls, Beside& beside) {
     beside.rest();
-    if (weighed) {
-      for (int i = 0; i < weighed->height(); i += tile_rows) {
-        float* const sum = state.sum + weighed->block * amx_block + i;
-        store(sum, load(sum) + across_each(reinterpret_cast<const Vec(&)[sixteen]>(sums[i]),
-                                           [](Vec x, Vec y) { return x + y; }));
-      }
+    if (weighed.pass && weighed.index + 1 == weighed.pass->units()) {
+      complete(*weighed.pass);
+      made = weighed.pass;
+      column = 0;
+      turns = waiting.pass ? waiting.pass->units() : 1;
     }
-    finished = weighed;
-    weighed = next;
+    weighed.pass = waiting.pass;
+    weighed.index = waiting.index;
+    weighed.scores = waiting.scores;
+    waiting.pass = next;
+    waiting.index = index;
+    waiting.scores = next_scores;
+    if (weighed.pass) prepare(*weighed.pass, weighed.index, weighed.scores);
+    int until = column;
+    if (made) {
+      until += ceil_div(columns / amx_block - column, turns--);
+      calls += (until - column) * made->units() * calls_of_step<Parts<T>::outputs>;
+    }
+    begin_weights(weighed, calls, beside);
+    return until;
   }
 
-  void finish() {
-    advance(nullptr);
-    advance(nullptr);
+  FLASHCORE_HD void outputs_until(int end, auto& beside) {
+    for (; column < end; ++column) outputs(*made, column, beside);
+    if (made && column == columns / amx_block) {
+      fresh[made->block] = false;
+      made = nullptr;
+    }
   }
 
-  static float* weights_at(const Pass& p, int k) { return p.weights + k / tile_depth * Atom::step_floats; }
+  FLASHCORE_HD void finish(Beside& beside) {
+    Nothing nothing;
+    products.finish();
+    for (int i = 0; i < 2; ++i) outputs_until(advance(nullptr, 0, nullptr, 1, beside), nothing);
+    products.finish();
+  }
 
-  // The weights of a pass, a row of a panel at a time, evenly over the calls. All that it needs is in itself: products
-  // are said to change memory, and what lies there would be read again after each.
-  struct Beside {
-    const float* factor = nullptr;
-    int height = 0, left = 0;  // rows of a panel, and of all panels those that are left
-    const float* s = nullptr;
-    const float* offset = nullptr;
-    float* w = nullptr;
-    Vec* sum = nullptr;
-    int calls = 0, all = left, credit = 0, row = 0;
+  static float* weights_at(const Pass& p, int unit) { return p.weights + unit * Atom::step_floats; }
 
-    FLASHCORE_HD void operator()() {
-      credit += all;
-      if (credit < calls || left == 0) return;
-      credit -= calls;
-      weigh();
-    }
-    FLASHCORE_HD void rest() {
-      while (left > 0) weigh();
-    }
-    FLASHCORE_HD void weigh() {
-      weigh_row(s + row * lanes, *factor, offset[row], w + row * lanes, sum[row]);
-      --left;
-      if (++row == height) {
-        row = 0;
-        s += panel_floats;
-        w += panel_width / tile_depth * Atom::step_floats;
-      }
-    }
-  };
+  // Field by field: to copy a whole one, just written, the processor waits until all before is in memory.
+  FLASHCORE_HD void begin_weights(const Unit& unit, int calls, Beside& beside) {
+    beside.row = beside.rows = 0;
+    if (!unit.pass) return;
+    Pass const& p = *unit.pass;
+    beside.factor = score.factor;
+    beside.s = unit.scores;
+    beside.offset = offset + p.block * amx_block;
+    beside.w = weights_at(p, unit.index);
+    beside.sums = reinterpret_cast<float*>(sums);
+    beside.exact = sums_exactly() ? reinterpret_cast<float*>(exact) : nullptr;
+    beside.rows = p.height();
+    beside.each = ceil_div(p.height(), calls);
+  }
 
-  // What must be before the scores of a pass become weights: the maxima.
-  void begin_weights(Pass& p, float* offset) {
-    for (int k = p.span.begin; k < p.span.end; k += panel_width) {
-      prepare_scores(p, k, p.scores + (k - p.span.begin) / lanes * column_floats);
-    }
+  // The weights of a pass are there: takes in their sums.
+  void complete(Pass& p) {
+    p.rescales = false;
     for (int first = 0; first < p.height(); first += tile_rows) {
       int const row = p.block * amx_block + first;
-      Vec const nothing = splat(minus_infinity());
-      Vec const old = load(state.max + row);
-      Vec const largest = larger(largest_of(p.scores + first * lanes, p.panels() * panel_vectors), old);
-      Vec const finite = where_less(nothing, largest, largest, splat(0.0f));
-      Vec const ratios = exp2_of((old - finite) * splat(score.factor));
-      store(offset + first, finite);
-      store(state.max + row, largest);
-      store(state.sum + row, load(state.sum + row) * ratios);
-      store(p.ratio + first, ratios);
+      uint32_t const above =
+          few() ? 0xffff : _mm512_cmp_ps_mask((__m512)total_of(sums + first), (__m512)splat(largest_sum), _CMP_NLE_UQ);
+      if (above) raise(p, first, above);
+      store(state.sum + row, load(state.sum + row) + total_of(sums + first));
+      if (sums_exactly()) store(exact_sum + row, load(exact_sum + row) + total_of(exact + first));
+    }
+    clear_sums();
+  }
+
+  void clear_sums() {
+#pragma GCC unroll 32
+    for (Vec& sum : sums) sum = splat(0.0f);
+    if (!sums_exactly()) return;
+#pragma GCC unroll 32
+    for (Vec& sum : exact) sum = splat(0.0f);
+  }
+
+  static Vec total_of(const Vec* lanes_of_rows) {
+    return across_each(reinterpret_cast<const Vec(&)[sixteen]>(*lanes_of_rows), [](Vec x, Vec y) { return x + y; });
+  }
+
+  // Of a sequence with few rows (not of one of its tiles, or bits would depend on those) each pass has the largest
+  // score so far as the reference. The rounding of the largest weight, which then is 1, makes errors up to 1.13 times
+  // as large in bfloat16, over many rows; over few that scatters.
+  bool few() const { return tile.sequence.seqlen_q * tile.heads <= amx_block; }
+
+  bool sums_exactly() const { return Parts<T>::rounds_weights && params.lse; }
+
+  // Those of sixteen rows of a pass whose weights are too large or NaN have their largest score as the new reference,
+  // and their weights once more.
+  void raise(Pass& p, int first, uint32_t which) {
+    float* const s = scores + 3 * unit_floats;
+    auto const for_each = [&](auto row_of_unit) {
+      for (int unit = 0; unit < p.units(); ++unit) {
+        Nothing nothing;
+        compute_scores(p, unit, s, nothing);
+        products.finish();
+        see(p, unit, s);
+        for (int i = first; i < first + tile_rows; ++i) {
+          if (which >> (i - first) & 1) row_of_unit(unit, i, s + i * lanes);
+        }
+      }
+    };
+    int const row = p.block * amx_block;
+    float most[amx_block];
+    for (int i = 0; i < amx_block; ++i) {
+      most[i] = state.max[row + i];
+      if (!p.rescales) p.ratio[i] = 1.0f;
+    }
+    p.rescales = true;
+    for_each([&](int, int i, const float* of_row) {
+      most[i] = max_across(larger(load(of_row), larger(load(of_row + column_floats), splat(most[i]))));
+    });
+    for (int i = first; i < first + tile_rows; ++i) {
+      if (!(which >> (i - first) & 1)) continue;
+      float const before = state.max[row + i];
+      if (most[i] > unseen) refer(row + i, most[i]);
+      p.ratio[i] = before == minus_infinity() ? 0.0f : lane_exp2((before - state.max[row + i]) * score.factor);
+      state.sum[row + i] *= p.ratio[i];
+      exact_sum[row + i] *= p.ratio[i];
+      sums[i] = exact[i] = splat(0.0f);
+    }
+    for_each([&](int unit, int i, const float* of_row) {
+      Vec x[2] = {load(of_row), load(of_row + column_floats)};
+      for (Vec& v : x) v = exponents<T>(v, score.factor, offset[row + i]);
+      exp2_of<sizeof(T) == 2>(x);
+      exact[i] = exact[i] + (x[0] + x[1]);
+      sums[i] = sums[i] + Atom::store_weights(weights_at(p, unit) + i * lanes, x);
+    });
+  }
+
+  // A row's weights are 2^(factor · (s - reference)) from here on.
+  void refer(int row, float reference) {
+    state.max[row] = reference;
+    offset[row] = offset_for<T>(reference, score.factor);
+  }
+
+  // The outputs of a block in 32 columns, the c-th, with what a pass makes of the values.
+  FLASHCORE_HD void outputs(const Pass& p, int c, auto& beside) {
+    float* const to = out_of(p.block) + c * 2 * column_floats;
+    bool const none = fresh[p.block];
+    if (p.rescales && !none) {
+      products.finish();
+      rescale(p, to);
+    }
+    int const packed_steps = packed_keys(p.first_key) / tile_depth;
+    const uint16_t* const right =
+        values + p.held * packed_elements + (c * packed_steps + p.span.begin / tile_depth) * step_elements;
+    const uint16_t* const left = reinterpret_cast<const uint16_t*>(p.weights);
+    const float* const start = none ? nullptr : to;
+    if (p.two_tiles) {
+      products.template multiply<Parts<T>::outputs, parts, 2>(left, right, p.units(), start, to, beside);
+    } else {
+      Nothing nothing;
+      products.template multiply<Parts<T>::outputs, parts, 1>(left, right, p.units(), start, to, nothing);
     }
   }
 
-  // The outputs so far of rows that had a new maximum: of 16 tiles of random keys in three.
-  void rescale(const Pass& p) {
+  static void rescale(const Pass& p, float* to) {
     for (int row = 0; row < p.height(); ++row) {
       if (p.ratio[row] == 1.0f) continue;
-      float* const to = out_of(p.block) + row * lanes;
-      for (int c = 0; c < columns / lanes; ++c) {
-        store(to + c * column_floats, load(to + c * column_floats) * splat(p.ratio[row]));
+      for (int i = 0; i < 2; ++i) {
+        float* const at = to + i * column_floats + row * lanes;
+        store(at, load(at) * splat(p.ratio[row]));
       }
     }
   }
 
-  // Adds to the outputs of a block what a pass makes of the values.
-  FLASHCORE_HD void outputs(const Pass& p, auto& beside) {
-    if (!fresh[p.block]) rescale(p);
-    int const first_step = p.span.begin / tile_depth, packed_steps = packed_keys(p.first_key) / tile_depth;
-    const uint16_t* const left = reinterpret_cast<const uint16_t*>(weights_at(p, p.span.begin));
-    const uint16_t* const right = values + p.held * packed_elements + first_step * step_elements;
-    auto const in_tiles = [&](auto row_tiles) __attribute__((always_inline)) {
-      constexpr int n = decltype(row_tiles)::value;
-      for (int c = 0; c < columns / amx_block; ++c) {
-        float* const to = out_of(p.block) + c * 2 * column_floats;
-        fresh[p.block] ? zero_block<n>() : load_block<n>(to);
-        tile_products<Parts<T>::outputs, parts, n>(left, right + c * packed_steps * step_elements, 2 * p.panels(),
-                                                   beside);
-        store_block<n>(to);
-      }
-    };
-    p.two_tiles ? in_tiles(Constant<2>{}) : in_tiles(Constant<1>{});
-    fresh[p.block] = false;
-  }
-
-  FLASHCORE_HD void compute_scores(const Pass& p, auto& beside) {
+  FLASHCORE_HD void compute_scores(const Pass& p, int unit, float* to, auto& beside) {
     const uint16_t* const left = queries + p.block * steps * step_elements;
-    const uint16_t* const right = keys + p.held * packed_elements + p.span.begin / amx_block * steps * step_elements;
-    auto const in_tiles = [&](auto row_tiles) __attribute__((always_inline)) {
-      constexpr int n = decltype(row_tiles)::value;
-      for (int i = 0; i < 2 * p.panels(); ++i) {
-        zero_block<n>();
-        tile_products<Parts<T>::scores, parts, n>(left, right + i * steps * step_elements, steps, beside);
-        store_block<n>(p.scores + i * 2 * column_floats);
-      }
-    };
-    p.two_tiles ? in_tiles(Constant<2>{}) : in_tiles(Constant<1>{});
+    const uint16_t* const right =
+        keys + p.held * packed_elements + (p.span.begin / amx_block + unit) * steps * step_elements;
+    if (p.two_tiles) {
+      products.template multiply<Parts<T>::scores, parts, 2>(left, right, steps, nullptr, to, beside);
+    } else {
+      Nothing nothing;
+      products.template multiply<Parts<T>::scores, parts, 1>(left, right, steps, nullptr, to, nothing);
+    }
   }
 
   float* out_of(int block) const { return out + block * amx_block * columns; }
 
-  // Scores of a panel of keys, from key k of the tile on, are transformed, and those that a row does not see minus
-  // infinity.
-  void prepare_scores(const Pass& p, int k, float* s) {
+  // What must be before the scores of a unit become weights.
+  void prepare(const Pass& p, int unit, float* s) {
+    see(p, unit, s);
+    if (settled_block != p.block) settle(p, s);
+  }
+
+  // Scores are transformed, and those of keys that a row does not see have no weight.
+  void see(const Pass& p, int unit, float* s) {
     if constexpr (!Score::plain) {
-      for (int c = 0; c < panel_vectors; ++c) {
+      for (int c = 0; c < 2; ++c) {
         for (int i = 0; i < p.height(); ++i) {
           float* const at = s + c * column_floats + i * lanes;
           store(at, transform(score, load(at)));
         }
       }
     }
-    int const row = p.block * amx_block, key = p.first_key + k;
-    int const last = min_of(row + amx_block, rows) - 1;
-    if (mask.first_key(query_of(last)) <= key && mask.end_key(query_of(row)) >= key + panel_width) return;
-    __m512 const nothing = _mm512_set1_ps(minus_infinity());
+    int const row = p.block * amx_block, key = p.first_key + p.span.begin + unit * amx_block;
+    int const end_row = min_of(row + amx_block, rows) - 1;
+    if (mask.first_key(query_of(end_row)) <= key && mask.end_key(query_of(row)) >= key + amx_block) return;
+    __m512 const nothing = _mm512_set1_ps(unseen);
     for (int i = 0; i < p.height(); ++i) {
       int const query = query_of(min_of(row + i, rows - 1));
-      int const begin = mask.first_key(query) - key, end = mask.end_key(query) - key;
-      for (int j = 0; j < panel_width; j += amx_block) {
-        __mmask32 const unseen = ~(mask_of(end - j) & ~mask_of(begin - j));
-        float* const at = s + j / lanes * column_floats + i * lanes;
-        _mm512_mask_storeu_ps(at, static_cast<__mmask16>(unseen), nothing);
-        _mm512_mask_storeu_ps(at + column_floats, static_cast<__mmask16>(unseen >> 16), nothing);
+      __mmask32 const hidden = ~(mask_of(mask.end_key(query) - key) & ~mask_of(mask.first_key(query) - key));
+      float* const at = s + i * lanes;
+      _mm512_mask_storeu_ps(at, static_cast<__mmask16>(hidden), nothing);
+      _mm512_mask_storeu_ps(at + column_floats, static_cast<__mmask16>(hidden >> 16), nothing);
+    }
+  }
+
+  // Rows without a reference take the largest of a unit's scores, if they see one.
+  void settle(const Pass& p, const float* s) {
+    settled_block = p.block;
+    for (int i = 0; i < p.height(); ++i) {
+      int const row = p.block * amx_block + i;
+      if (state.max[row] != minus_infinity()) continue;
+      Vec const most = larger(load(s + i * lanes), larger(load(s + column_floats + i * lanes), splat(unseen)));
+      float const reference = max_across(most);
+      if (reference > unseen) {
+        refer(row, reference);
+      } else {
+        settled_block = -1;
       }
     }
-  }
-
-  // The weights of a row from a panel of its scores; their sum is added.
-  FLASHCORE_HD static void weigh_row(const float* s, float factor, float offset, float* w, Vec& sum) {
-    static_assert(panel_vectors == 4 && panel_width == 2 * tile_depth);
-    Vec weight[panel_vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < panel_vectors; ++v) {
-      weight[v] = (load(s + v * column_floats) - splat(offset)) * splat(factor);
-    }
-    exp2_of<rough>(weight);
-    sum = sum + sum_of(weight);
-    Atom::store_weights(w, {weight[0], weight[1]});
-    Atom::store_weights(w + Atom::step_floats, {weight[2], weight[3]});
-  }
-
-  // Of sixteen rows' scores, `vectors` of each.
-  static Vec largest_of(const float* s, int vectors) {
-    Vec v[sixteen];
-#pragma GCC unroll 1
-    for (int i = 0; i < sixteen; ++i, s += lanes) {
-      v[i] = load(s);
-      for (int k = 1; k < vectors; ++k) v[i] = larger(load(s + k * column_floats), v[i]);
-    }
-    return across_each(v, [](Vec x, Vec y) { return larger(x, y); });
   }
 
   void write() const {
@@ -351,17 +464,19 @@ struct ForwardTiles : TileRows<T, Score> {
       float inverse[tile_rows];
       store(inverse, (Vec)_mm512_mask_div_ps((__m512)zero, _mm512_cmp_ps_mask((__m512)sum, (__m512)zero, _CMP_NEQ_UQ),
                                              (__m512)splat(1.0f), (__m512)sum));
-      for (int i = 0; i < min_of(tile_rows, rows - row); ++i) {
+      bool const none = fresh[row / amx_block];
+      const float* from = out_of(row / amx_block) + row % amx_block * lanes;
+      for (int i = 0; i < min_of(tile_rows, rows - row); ++i, from += lanes) {
         T* const to = static_cast<T*>(params.o.data) + offset_of(params.o, row + i);
-        const float* const from = out_of(row / amx_block) + (row % amx_block + i) * lanes;
+        __m512 const factor = _mm512_set1_ps(inverse[i]);
         for (int c = 0; c < params.head_dim; c += amx_block) {
-          __m512 x[2] = {(__m512)zero, (__m512)zero};
-          if (!fresh[row / amx_block])
-            in_order(from + c / lanes * column_floats, from + (c / lanes + 1) * column_floats, x);
-          __m512 const factor = _mm512_set1_ps(inverse[i]);
-          Parts<T>::join(_mm512_mul_ps(x[0], factor), _mm512_mul_ps(x[1], factor), to + c, params.head_dim - c);
+          const float* const at = from + c / lanes * column_floats;
+          __m512 const first = none ? (__m512)zero : (__m512)load(at);
+          __m512 const second = none ? (__m512)zero : (__m512)load(at + column_floats);
+          Parts<T>::join(first, second, factor, to + c, mask_of(params.head_dim - c));
         }
-        if (params.lse) this->write_lse({state.max[row + i], state.sum[row + i]}, row + i);
+        if (params.lse)
+          this->write_lse({state.max[row + i], (sums_exactly() ? exact_sum : state.sum)[row + i]}, row + i);
       }
     }
   }

@@ -311,7 +311,13 @@ struct ForwardFew : TileRows<T, Score> {
 
   // Fetches the keys [key, key + count) and their values into the second-level cache, some lines at each call.
   struct Ahead {
+#if defined(__AMX_BF16__)
+    // On tile registers the calls of a step come to five sixths of its lines, and the last ones come when they are
+    // needed: 15% faster than all of them, four at each call (one thread, 8,192 keys, 8 heads of 128).
+    static constexpr int lines = on_tiles ? 3 : 2 * sizeof(T);
+#else
     static constexpr int lines = 2 * sizeof(T);  // that the calls of a step come to, one row of queries a key head
+#endif
     const ForwardFew& few;
     int key, count;
     int row = 0;  // of keys, then of values
@@ -319,16 +325,19 @@ struct ForwardFew : TileRows<T, Score> {
     const char* end = nullptr;
 
     void operator()() {
-      for (int i = 0; i < lines; ++i, at += 64) {
-        if (at >= end) {
-          if (row == 2 * count) return;
-          Rows<const void*> const& array = row < count ? few.params.k : few.params.v;
-          at = reinterpret_cast<const char*>(few.key_row(array, key + (row < count ? row : row - count)));
-          end = at + sizeof(T) * few.tile.key_heads * few.params.head_dim;
-          ++row;
-        }
-        fetch(at);
+      for (int left = lines; left > 0;) {
+        if (at >= end && !begin_row()) return;
+        for (; left > 0 && at < end; --left, at += 64) fetch(at);
       }
+    }
+
+    bool begin_row() {
+      if (row == 2 * count) return false;
+      Rows<const void*> const& array = row < count ? few.params.k : few.params.v;
+      at = reinterpret_cast<const char*>(few.key_row(array, key + (row < count ? row : row - count)));
+      end = at + sizeof(T) * few.tile.key_heads * few.params.head_dim;
+      ++row;
+      return true;
     }
   };
 
