@@ -272,7 +272,8 @@ def test_plan_of_clusters(device):
         p = decode_plan("h100", heads_q=heads_k, heads_k=heads_k, head_dim=64, keys=8192)
         assert p.blocks == heads_k * cluster and p.splits == 1 and clusters(p) == cluster
     # A few sequences, each as if it were alone, while all blocks run at once.
-    for batch, heads_k, head_dim, cluster in ((2, 8, 128, 8), (4, 8, 128, 8), (2, 4, 128, 8), (4, 32, 64, 2), (2, 16, 64, 4)):
+    few = ((2, 8, 128, 8), (4, 8, 128, 8), (2, 4, 128, 8), (4, 32, 64, 2), (2, 16, 64, 4))
+    for batch, heads_k, head_dim, cluster in few:
         p = decode_plan("h100", batch, heads_q=4 * heads_k, heads_k=heads_k, head_dim=head_dim, keys=8192)
         assert p.blocks == batch * heads_k * cluster * p.splits <= 264 and clusters(p) == cluster
         assert p.splits == (2 if heads_k == 4 else 1)
