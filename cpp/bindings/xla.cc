@@ -144,7 +144,7 @@ template <void (*work)(const Call&)>
 ffi::Error on_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::RemainingArgs args, ffi::RemainingRets rets,
                    bool causal, int64_t left, int64_t right, double scale) {
   auto const allocate = [&](int64_t bytes) {
-    std::optional<void*> const memory = scratch.Allocate(bytes, 256);
+    std::optional<void*> const memory = scratch.Allocate(bytes, 16);  // XLA refuses more
     if (!memory) throw RuntimeError("XLA has no " + std::to_string(bytes) + " bytes of device memory for a workspace");
     return *memory;
   };

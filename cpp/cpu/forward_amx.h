@@ -137,12 +137,12 @@ struct ForwardTiles : TileRows<T, Score> {
       int64_t const at = row * lanes;
       Vec x[2] = {load(s + at), load(s + at + column_floats)};
       for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
-      if (exact) {
-        exp2_in_range(Parts<Half>::exp2_terms, x);
-        store(exact + at, load(exact + at) + (x[0] + x[1]));
-      } else {
-        exp2_in_range(Parts<T>::exp2_terms, x);
+      if (exact) {  // apart from the weights, which have the same bits whether or not the log-sum-exp is asked for
+        Vec y[2] = {x[0], x[1]};
+        exp2_in_range(Parts<Half>::exp2_terms, y);
+        store(exact + at, load(exact + at) + (y[0] + y[1]));
       }
+      exp2_in_range(Parts<T>::exp2_terms, x);
       Vec const sum = Atom::store_weights(w + at, x);
       store(sums + at, load(sums + at) + sum);
       ++row;
