@@ -322,41 +322,35 @@ class Captured:
             d.query, d.key_cache, d.value_cache, self.lengths, return_lse=True, **self.given
         )
 
+    def check_with(self, scales, options):
+        """Replays with each scale's part of the lengths, into poison."""
+        d = self.decoding
+        lengths, keys, values = list(d.lengths), list(d.keys), list(d.values)
+        for scale in scales:
+            now = [int(n * scale) for n in lengths]
+            self.lengths.copy_(d.arrays.int32(now))
+            d.arrays.poison_in_place(self.out)
+            self.graph.replay()
+            torch.cuda.synchronize()
+            d.keys = [k[:n] for k, n in zip(keys, now, strict=True)]
+            d.values = [v[:n] for v, n in zip(values, now, strict=True)]
+            d.check(self.out, self.lse, options, f"{now}")
+
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("page_size", [0, 64])
 def test_graph_replayed_with_other_lengths(arrays, page_size, batch_invariant):
     """What is captured with some lengths is right for others: the work is divided on the device."""
     gpu_only(arrays)
-    lengths = [5000, 64, 9000, 1]
-    decoding = make(arrays, lengths, 2, (8, 2), 128, page_size=page_size, capacity=9216, seed=3)
-    keys, values = list(decoding.keys), list(decoding.values)
+    decoding = make(arrays, [5000, 64, 9000, 1], 2, (8, 2), 128, page_size=page_size, capacity=9216, seed=3)
     graph = Captured(decoding, causal=True, batch_invariant=batch_invariant)
-    for scale in (1.0, 0.5, 0.0, 0.03, 0.9):
-        now = [int(n * scale) for n in lengths]
-        graph.lengths.copy_(arrays.int32(now))
-        arrays.poison_in_place(graph.out)
-        graph.graph.replay()
-        torch.cuda.synchronize()
-        decoding.keys = [k[:n] for k, n in zip(keys, now, strict=True)]
-        decoding.values = [v[:n] for v, n in zip(values, now, strict=True)]
-        decoding.check(graph.out, graph.lse, Options(causal=True), f"{now}")
+    graph.check_with((1.0, 0.5, 0.0, 0.03, 0.9), Options(causal=True))
 
 
 def test_graph_of_a_prompt_replayed_with_other_lengths(arrays):
     gpu_only(arrays)
     decoding = make(arrays, [5000, 64, 900, 1], 300, (8, 2), 128, capacity=5120, seed=4)
-    keys, values = list(decoding.keys), list(decoding.values)
-    graph = Captured(decoding, causal=True)
-    for scale in (1.0, 0.5, 0.0, 0.3):
-        now = [int(n * scale) for n in (5000, 64, 900, 1)]
-        graph.lengths.copy_(arrays.int32(now))
-        arrays.poison_in_place(graph.out)
-        graph.graph.replay()
-        torch.cuda.synchronize()
-        decoding.keys = [k[:n] for k, n in zip(keys, now, strict=True)]
-        decoding.values = [v[:n] for v, n in zip(values, now, strict=True)]
-        decoding.check(graph.out, graph.lse, Options(causal=True), f"{now}")
+    Captured(decoding, causal=True).check_with((1.0, 0.5, 0.0, 0.3), Options(causal=True))
 
 
 @pytest.mark.parametrize("lengths", [[10, -1, 999, 400], [2**31 - 1, 3, -(2**31), 401]], ids=str)
