@@ -16,43 +16,38 @@ Problem over(const KvCacheProblem& problem, const Tensor& key, const Tensor& val
   return forward;
 }
 
+// A problem of one kind with the queries, results and options of one of the other.
+template <class To, class From>
+To with_options_of(const From& problem) {
+  To to;
+  to.query = problem.query;
+  to.out = problem.out;
+  to.lse = problem.lse;
+  to.layout = problem.layout;
+  to.causal = problem.causal;
+  to.window_left = problem.window_left;
+  to.window_right = problem.window_right;
+  to.scale = problem.scale;
+  to.softcap = problem.softcap;
+  to.batch_invariant = problem.batch_invariant;
+  to.backend = problem.backend;
+  to.stream = problem.stream;
+  return to;
+}
+
 }  // namespace
 
 Problem options_of(const KvCacheProblem& problem) {
-  Problem options;
-  options.query = problem.query;
+  auto options = with_options_of<Problem>(problem);
   options.key = problem.key_cache;
   options.value = problem.value_cache;
-  options.out = problem.out;
-  options.lse = problem.lse;
-  options.layout = problem.layout;
-  options.causal = problem.causal;
-  options.window_left = problem.window_left;
-  options.window_right = problem.window_right;
-  options.scale = problem.scale;
-  options.softcap = problem.softcap;
-  options.batch_invariant = problem.batch_invariant;
-  options.backend = problem.backend;
-  options.stream = problem.stream;
   return options;
 }
 
 KvCacheProblem cache_of(const Problem& problem) {
-  KvCacheProblem cache;
-  cache.query = problem.query;
+  auto cache = with_options_of<KvCacheProblem>(problem);
   cache.key_cache = problem.key;
   cache.value_cache = problem.value;
-  cache.out = problem.out;
-  cache.lse = problem.lse;
-  cache.layout = problem.layout;
-  cache.causal = problem.causal;
-  cache.window_left = problem.window_left;
-  cache.window_right = problem.window_right;
-  cache.scale = problem.scale;
-  cache.softcap = problem.softcap;
-  cache.batch_invariant = problem.batch_invariant;
-  cache.backend = problem.backend;
-  cache.stream = problem.stream;
   return cache;
 }
 

@@ -474,8 +474,8 @@ int cpu_splits(const Sizes& s, Layout layout) {
 }
 
 Plan plan(const Problem& problem, const DeviceProperties& device) {
-  std::optional<Plan> const few = plan_few_queries(problem, device);
-  return few ? *few : plan_forward(problem, device);
+  Plan const forward = plan_forward(problem, device);
+  return plan_few_queries(problem, device, forward).value_or(forward);
 }
 
 Plan plan_forward(const Problem& problem, const DeviceProperties& device) {

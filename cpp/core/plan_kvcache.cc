@@ -266,19 +266,15 @@ std::optional<Plan> plan_prompt(const KvCacheProblem& problem, const DevicePrope
 
 }  // namespace
 
-std::optional<Plan> plan_few_queries(const Problem& problem, const DeviceProperties& device) {
+std::optional<Plan> plan_few_queries(const Problem& problem, const DeviceProperties& device, const Plan& forward) {
   // With fewer keys there is nothing to divide; with more rows the decode kernels' small tiles read them too often.
   constexpr int64_t least_keys = 1025, most_rows = 64, small_rows = 16;
-  if (device.type == DeviceType::cpu || device.compute_capability < 80 || problem.backend == Backend::cpu ||
-      problem.varlen() || problem.seqused_k.present()) {
-    return std::nullopt;
-  }
+  if (forward.backend == Backend::cpu || problem.varlen() || problem.seqused_k.present()) return std::nullopt;
   Sizes const s = sizes(problem);
   if (s.seqlen_k < least_keys || s.batch == 0 || s.heads_k == 0 || s.seqlen_q == 0 || s.seqlen_q > most_rows ||
       Work(s, 1).rows > most_rows || !countable(s)) {
     return std::nullopt;
   }
-  Plan const forward = plan_forward(problem, device);
   // The small kernel divides keys, too, for 64 rows at once (4 sequences of 4,096 keys, 16 heads of dimension 64, a
   // query each: 40.8 us, decoded 33.9).
   bool const is_small = std::string_view(forward.kernel) == "sm90_small" && Work(s, 1).rows > small_rows;

@@ -50,8 +50,9 @@ bool decodes(const Plan& plan);
 // cache_seqlens, which the caller may add, all of them count.
 KvCacheProblem cache_of(const Problem& problem);
 
-// Few queries with many keys: the decode kernels' plan for cache_of() the problem, where it is the faster one.
-std::optional<Plan> plan_few_queries(const Problem& problem, const DeviceProperties& device);
+// Few queries with many keys: the decode kernels' plan for cache_of() the problem, where it is faster than `forward`,
+// which is plan_forward()'s.
+std::optional<Plan> plan_few_queries(const Problem& problem, const DeviceProperties& device, const Plan& forward);
 
 // As plan(), but never a decode kernel's, which may need a workspace.
 Plan plan_forward(const Problem& problem, const DeviceProperties& device);

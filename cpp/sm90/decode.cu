@@ -76,7 +76,7 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   p.stages = tile.stages_of(plan.shared_memory, plan.cluster > 1 ? p.part_rows : 0);
   int const lines = p.heads_k * p.row_tiles, most = plan.even_parts == 0 ? plan.splits : 0;
   int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
-  p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(max_of(plan.even_parts, 1)), p.batch, most,
+  p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
              Divisor::of(most)};
   // Where lengths change nothing, parts need no search: a single sequence is as long as itself, and one part is all of
   // it.
