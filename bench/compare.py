@@ -17,7 +17,9 @@ its relative Frobenius error at most 1.25 times the yardstick's plus 1e-6 (`flas
 whole output is held against the yardstick's too, and after timing it must still be the same bits.
 
 Timing, CUDA: a graph of many calls that walks through sets of random inputs and outputs of --rotate GiB in all,
-replayed for about --milliseconds a round, providers in turn, --rounds rounds, medians. CPU: calls in turn, medians.
+replayed for about --milliseconds a round, --rounds rounds, medians. In every round each provider has its turn, in an
+order in which no one always follows the same other, and runs once untimed before: on a card at its power limit a
+provider's first milliseconds run at the clock that the one before has left. CPU: calls in turn, medians.
 TFLOP/s count 4·B·H·Sq·Sk·D, half of it when causal, window + 1 keys a query where there is a window; TB/s count q, k, v
 and o once. JAX cannot be captured in PyTorch's graph: its calls are one compiled program, timed by the clock, with its
 start counted in. A ratio is a peer's time over FlashCore's. The ceiling, `matmul_tflops`, is a bfloat16 matmul of 8192³
@@ -346,6 +348,13 @@ class CpuTimer:
         return (time.perf_counter() - begin) * 1e6 / self.calls
 
 
+def order_of(count: int, turn: int) -> list[int]:
+    """The order of `count` providers in one turn: in as many turns (twice as many, if count is odd) each follows each
+    other equally often, for the power that one takes slows the next (the rows of E. J. Williams's square, 1949)."""
+    row = [(turn + (i + 1) // 2 * (1 if i % 2 else -1)) % count for i in range(count)]
+    return row[::-1] if count % 2 and turn // count % 2 else row
+
+
 # --- a cell -----------------------------------------------------------------------------------------------------------
 
 
@@ -406,9 +415,10 @@ def run_cell(cell: Cell, device: str, ours: Callable[..., torch.Tensor], peers: 
     names = list(timers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(options.rounds):
-        for i in range(len(names)):  # each round begins with another provider
-            name = names[(i + turn) % len(names)]
-            samples[name].append(timers[name].microseconds())
+        for i in order_of(len(names), turn):
+            if device == "cuda":  # a round untimed: the clock is still that of the provider before
+                timers[names[i]].microseconds()
+            samples[names[i]].append(timers[names[i]].microseconds())
     for name, values in samples.items():
         middle = statistics.median(values)
         providers[name]["microseconds"] = middle
@@ -610,7 +620,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the result file (default: from suite, backend and device); one suite only")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--commit", default="", help="what to write as commit where there is no git")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every provider")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of every provider")
     parser.add_argument("--milliseconds", type=float, help="of work a round (default: 25, on the CPU 200)")
     parser.add_argument("--rotate", type=float, help="GiB of arrays to rotate over (default: 1, on the CPU 0.03)")
     parser.add_argument(
