@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import json
 import math
@@ -87,6 +88,15 @@ def test_a_wrong_output_is_found_and_not_timed(bench, device, where, amount):
 def test_a_backend_that_does_not_exist_is_said(bench, device):
     result = run(bench, bench.suites.Cell(1, 1, 8, 64), device, bench.compare.flashcore_provider("none such"))
     assert "none such" in result["problem"]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_each_provider_follows_each_other_equally_often(bench, count):
+    turns = [bench.compare.order_of(count, turn) for turn in range(count * (1 + count % 2))]
+    assert all(sorted(turn) == list(range(count)) for turn in turns)
+    follows = collections.Counter(pair for turn in turns for pair in zip(turn, turn[1:], strict=False))
+    assert len(follows) == count * (count - 1)
+    assert set(follows.values()) <= {1 + count % 2}
 
 
 def test_a_peer_that_fails_is_left_out(bench, device):
