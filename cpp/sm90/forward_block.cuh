@@ -91,7 +91,7 @@ struct WithLse : Config {
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
-// Of jobs that the producer has posted: more than consumers can be behind.
+// Of jobs that the producer has posted. When all consumers have done with half of them, it may use these again.
 constexpr int job_places = 8;
 
 // A tile of values: its first row in the array.
@@ -138,6 +138,9 @@ struct SharedMemory {
   uint32_t tile;
   TilePlace values;
   Barrier q_full[Config::q_buffers], q_empty[Config::q_buffers];
+  // Once for every job_places / 2 jobs, by every lane: compute-sanitizer's racecheck does not see the reads of lanes
+  // that another one arrives for.
+  Barrier jobs_done;
   Barrier full[Config::slots], empty[Config::slots];
 };
 
@@ -182,6 +185,9 @@ struct JobNumber {
 
   __device__ __forceinline__ void advance() { number = (number + 1) % job_places; }
   __device__ __forceinline__ int before() const { return (number + job_places - 1) % job_places; }
+  // Of half of the places: whether this is its first job, and its second.
+  __device__ __forceinline__ bool begins_half() const { return number % (job_places / 2) == 0; }
+  __device__ __forceinline__ bool second_of_half() const { return number % (job_places / 2) == 1; }
   __device__ __forceinline__ int slot() const { return buffers == 1 ? 0 : number & 1; }
   __device__ __forceinline__ uint32_t phase() const { return buffers == 1 ? number & 1 : number >> 1 & 1; }
 };

@@ -80,6 +80,12 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     if (leads) shared.q_empty[current.slot()].arrive();
   };
 
+  // At a job's end: those before it have been read to their end.
+  auto const end_jobs_before = [&] {
+    if (current.second_of_half()) shared.jobs_done.arrive();
+    current.advance();
+  };
+
   // At a job's beginning. Later the queries' place is another job's.
   auto const read_queries = [&] {
     if constexpr (Config::queries_in_registers) {
@@ -166,7 +172,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       if (job.work.tile == Job::end) break;
       if (job.work.tile >= 0) store_nothing<Config>(a, job, lane);
       release_job();
-      current.advance();
+      end_jobs_before();
       continue;
     }
     read_queries();
@@ -364,7 +370,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     } else {
       end_job(current.number);
     }
-    current.advance();
+    end_jobs_before();
   }
 }
 

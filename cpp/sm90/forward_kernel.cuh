@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
       shared.q_full[i].init(1);
       shared.q_empty[i].init(consumer_warps);
     }
+    shared.jobs_done.init(32 * consumer_warps);
     for (int i = 0; i < Config::slots; ++i) {
       shared.full[i].init(1);
       shared.empty[i].init(consumer_warps);

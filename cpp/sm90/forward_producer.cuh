@@ -48,7 +48,10 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
     load(a.v, values.row, values.head, values.sequence);
     shared.values.row = -1;
   };
-  auto const wait_for_room = [&] { shared.q_empty[current.slot()].wait(current.phase() ^ 1); };
+  auto const wait_for_room = [&] {
+    if (current.begins_half()) shared.jobs_done.wait(current.number == 0);
+    shared.q_empty[current.slot()].wait(current.phase() ^ 1);
+  };
   // Posts the job that has been written, with so many bytes of queries.
   auto const post = [&](int bytes) {
     shared.noted[current.number] = 0;
