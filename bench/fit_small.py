@@ -19,8 +19,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from compare import CudaTimer
 from suites import Cell
+from timers import CudaTimer
 
 import flashcore
 

@@ -24,7 +24,20 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def bench(monkeypatch):
     """The modules of bench/, which are scripts and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("compare", "host", "ladder", "model", "overhead", "plot", "probes", "report", "suites")
+    names = (
+        "accuracy",
+        "compare",
+        "host",
+        "ladder",
+        "model",
+        "overhead",
+        "plot",
+        "probes",
+        "providers",
+        "report",
+        "suites",
+        "timers",
+    )
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name, None)
@@ -49,8 +62,8 @@ OPTIONS = SimpleNamespace(rotate=1e-6, rounds=3, milliseconds=1.0)
 
 def run(bench, cell, device, ours=None, peers=None):
     compare = bench.compare
-    ours = ours or compare.flashcore_provider(None)
-    return compare.run_cell(cell, device, ours, compare.peers_of(device) if peers is None else peers, OPTIONS)
+    ours = ours or bench.providers.flashcore_provider(None)
+    return compare.run_cell(cell, device, ours, bench.providers.peers_of(device) if peers is None else peers, OPTIONS)
 
 
 def test_a_cell_is_checked_and_timed(bench, device):
@@ -80,19 +93,19 @@ def spoiled(function, where, amount):
 @pytest.mark.parametrize("amount", [0.5, float("nan")])
 def test_a_wrong_output_is_found_and_not_timed(bench, device, where, amount):
     cell = bench.suites.Cell(2, 4, 96, 64, dtype="float16")
-    result = run(bench, cell, device, spoiled(bench.compare.flashcore_provider(None), where, amount))
+    result = run(bench, cell, device, spoiled(bench.providers.flashcore_provider(None), where, amount))
     assert result["problem"]
     assert "ratios" not in result and "microseconds" not in result["providers"]["flashcore"]
 
 
 def test_a_backend_that_does_not_exist_is_said(bench, device):
-    result = run(bench, bench.suites.Cell(1, 1, 8, 64), device, bench.compare.flashcore_provider("none such"))
+    result = run(bench, bench.suites.Cell(1, 1, 8, 64), device, bench.providers.flashcore_provider("none such"))
     assert "none such" in result["problem"]
 
 
 @pytest.mark.parametrize("count", range(1, 8))
 def test_each_provider_follows_each_other_equally_often(bench, count):
-    turns = [bench.compare.order_of(count, turn) for turn in range(count * (1 + count % 2))]
+    turns = [bench.timers.order_of(count, turn) for turn in range(count * (1 + count % 2))]
     assert all(sorted(turn) == list(range(count)) for turn in turns)
     follows = collections.Counter(pair for turn in turns for pair in zip(turn, turn[1:], strict=False))
     assert len(follows) == count * (count - 1)
@@ -104,7 +117,7 @@ def test_a_peer_that_fails_is_left_out(bench, device):
         raise RuntimeError("not here")
 
     cell = bench.suites.Cell(1, 2, 64, 64, dtype="float16")
-    result = run(bench, cell, device, peers={**bench.compare.peers_of(device), "failing": failing})
+    result = run(bench, cell, device, peers={**bench.providers.peers_of(device), "failing": failing})
     assert result["problem"] == "" and "failing" not in result["ratios"]
     assert "not here" in result["providers"]["failing"]["absent"]
 
@@ -168,14 +181,14 @@ def test_variable_lengths_and_windows_are_checked_and_timed(bench, device, cell_
 def test_a_wrong_boundary_is_found(bench, device, cell_of, wrong):
     cell = cell_of(bench)
     spoiled = bench.suites.Cell(**{**asdict(cell), **wrong})
-    right = bench.compare.flashcore_provider(None)
+    right = bench.providers.flashcore_provider(None)
     ours = lambda cell, *arrays: right(spoiled, *arrays)  # noqa: E731
     assert "error" in run(bench, cell, device, ours, {"by sequence": by_sequence})["problem"]
 
 
 def test_jax_is_checked_and_timed(bench):
     pytest.importorskip("jax")
-    peers = {"jax": bench.compare.Jax("xla")}
+    peers = {"jax": bench.providers.Jax("xla")}
     cell = bench.suites.Cell(2, 4, 48, 64, True, "float32", heads_k=2)
     result = run(bench, cell, "cpu", peers=peers)
     assert result["problem"] == "" and result["ratios"]["jax"] > 0
@@ -184,7 +197,7 @@ def test_jax_is_checked_and_timed(bench):
 
 
 def test_sdpa_says_that_it_has_no_windows(bench, device):
-    result = run(bench, window_cell(bench), device, peers={"cudnn": bench.compare.sdpa_provider(None)})
+    result = run(bench, window_cell(bench), device, peers={"cudnn": bench.providers.sdpa_provider(None)})
     assert "SDPA has no windows" in result["providers"]["cudnn"]["absent"] and "no peer ran" in result["problem"]
 
 
@@ -364,7 +377,7 @@ def test_a_cell_beside_which_the_machine_slowed_down_is_measured_again(bench, mo
 
 def test_a_wrong_cell_is_exit_status_1_and_is_not_measured_again(bench, monkeypatch, tmp_path, capsys):
     labels = [c.label for c in tiny_suite(bench, monkeypatch)]
-    wrong = spoiled(bench.compare.flashcore_provider(None), (0, 0, 0, 0), 0.5)
+    wrong = spoiled(bench.providers.flashcore_provider(None), (0, 0, 0, 0), 0.5)
     monkeypatch.setattr(bench.compare, "flashcore_provider", lambda backend: wrong)
     probed(bench, monkeypatch, 1.0, 0.5)
     common = ["--suite", "cpu", "--rotate", "1e-6", "--milliseconds", "1", "--rounds", "1", "--quiet", "--name", "one"]
