@@ -30,7 +30,7 @@ HOPPER = ("h100", "h200") if SM90 else ()
 needs_sm90 = pytest.mark.skipif(not SM90, reason="this build has no code for sm_90a")
 CAPABILITY = {"a100": "8.0", "l4": "8.9", "rtx4090": "8.9", "h100": "9.0", "h200": "9.0", "b200": "10.0"}
 INSTANCES = {"sm80": (32, 64, 96, 128, 192, 256), "sm90": (64, 96, 128, 192, 256)}  # head dimensions
-SM90_TILE_Q = {64: (128, 256), 96: (128,), 128: (128,), 192: (128,), 256: (128,)}
+SM90_TILE_Q = {64: (128, 256), 96: (128, 192), 128: (128,), 192: (128,), 256: (128,)}
 HEAD_DIMS = (8, 16, 24, 32, 40, 64, 72, 80, 96, 104, 128, 136, 160, 192, 200, 256)
 
 
@@ -296,7 +296,7 @@ def test_batch_invariant_tiles(device, large_kernel, head_dim, softcap):
     ((instance, tile_q, _, packed),) = fixed
     assert packed == 1 and tile_q == (256 if instance == 64 and softcap == 0.0 else 128)
     assert {found[3] for found in free} == {1, 3, 4}
-    assert {found[1] for found in free} == (set(SM90_TILE_Q[64]) if tile_q == 256 else {128})
+    assert {found[1] for found in free} == (set(SM90_TILE_Q[instance]) if softcap == 0.0 else {128})
 
 
 @needs_sm90
@@ -309,7 +309,7 @@ def test_batch_invariant_tiles_of_variable_lengths(device):
             p = shape_plan("h100", **shapes, **starts, batch_invariant=True, backend="sm90")
             tiles.add((p.tile_q, p.tile_k, p.packed_heads))
         ((tile_q, _, packed),) = tiles
-        assert packed == 1 and tile_q == max(SM90_TILE_Q[head_dim])
+        assert packed == 1 and tile_q == (256 if head_dim == 64 else 128)
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])

@@ -33,12 +33,16 @@ struct HopperTile {
   int q_buffers;
   bool plain_score;
   int tile_q() const { return 64 * warpgroups; }
-  // Queries, the ring's slots and (head dimension 64) a panel of ones, in panels of 64 columns; the barriers and what
+  // Queries, the ring's slots and (head dimension 64) a panel of ones, two bytes an element; the barriers and what
   // aligning them takes are less than 2 KiB.
   int shared_memory() const {
-    int const panels = (head_dim + 63) / 64, ones = head_dim == 64 ? tile_k : 0;
-    return ((q_buffers * tile_q() + slots * tile_k) * panels + ones) * 128 + 2048;
+    int const ones = head_dim == 64 ? tile_k : 0;
+    return (q_buffers * tile_q() + slots * tile_k + ones) * head_dim * 2 + 2048;
   }
+  // What a row of queries costs with this tile, in hundredths of what it costs with the head dimension's other one.
+  // Two warpgroups hide less of each other's softmax than four: 0.84 to 0.9 of the speed at head dimension 64; and
+  // their rows share keys and values with fewer others than three's: 0.96 at 96 (sm90/tiles.inc).
+  int row_cost() const { return warpgroups > 2 ? 100 : head_dim == 64 ? 115 : 104; }
 };
 
 constexpr HopperTile sm90_tiles[] = {
@@ -399,8 +403,7 @@ Plan plan_sm90(const Problem& problem, const DeviceProperties& device) {
     if (candidate.head_dim < s.head_dim || candidate.plain_score != plain) continue;
     if (tile != nullptr && candidate.head_dim > tile->head_dim) break;
     Tiling const tiling = flashcore::tiling(problem, device, candidate.tile_q());
-    // Two warpgroups hide less of each other's softmax than four: 0.84 to 0.9 of the speed (sm90/tiles.inc).
-    int64_t const cost = tiling.rows * (candidate.warpgroups == 2 ? 115 : 100);
+    int64_t const cost = tiling.rows * candidate.row_cost();
     // What a sequence's tiles are must not depend on its batch, where that is asked for: then the first will do.
     if (tile == nullptr || (cost < least && !problem.batch_invariant)) {
       tile = &candidate;

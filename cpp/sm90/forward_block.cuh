@@ -49,14 +49,19 @@ struct ForwardConfig {
   static constexpr uint32_t kept = bfloat ? 0xffff0000 : 0xffffe000;
   static constexpr float lift = cuts ? (bfloat ? 0.004063f : 0.000508f) : 0.0f;
   // The scores of a lane whose exponentials a steady tile begins with, before it waits for the output of the tile
-  // before. With queries in registers, whose products leave little else to do meanwhile, the compiler is kept from
-  // waiting first (`waits_late`, see `steady_step`). Thousands of clocks on an H100 (2026-11-26), bf16, 16,384 tokens,
-  // full:
+  // before; the compiler is kept from waiting first (`waits_late`, see `steady_step`). Thousands of clocks on an H100
+  // (2026-11-26), bf16, 16,384 tokens, full:
   //   128  0 of 64: 5,063; 16: 4,691; 24: 4,640; 32: 4,540; 40: 4,631; 48: 4,688; 64: 4,732
-  //   96   0: 5,645; 8: 5,448; 16: 5,378; 24: 5,377; 32: 5,606; 48: 5,580; 64: 5,790
+  //   96   two warpgroups, 0 of 64: 5,645; 8: 5,448; 16: 5,378; 24: 5,377; 32: 5,606; 48: 5,580; 64: 5,790
+  //   96   three, 0 of 48: 5,461; 4: 5,161; 8: 5,206; 12: 5,296; 16: 5,328; 24: 5,401
   //   64   four warpgroups, 0 of 32: 5,998; 32: 6,448
-  static constexpr int early = head_dim == 64 ? 0 : head_dim == 96 ? 16 : head_dim == 128 ? 32 : tile_k / 2;
-  static constexpr bool waits_late = early > 0 && queries_in_registers;
+  //   192  0 of 32: 4,556; 8: 4,109; 16: 4,075; 24: 4,036; 32: 4,149 (at 1,024 tokens 339, 314, 313, 310, 319)
+  //   256  8 of 32: 4,329; 16: 4,330; 24: 4,329; 32: 4,326
+  static constexpr int early = head_dim == 64    ? 0
+                               : head_dim == 96  ? (warpgroups == 3 ? 4 : 16)
+                               : head_dim == 128 ? 32
+                                                 : 24;
+  static constexpr bool waits_late = early > 0;
   // A row's largest weight so far is 2^−slack, and a tile moves the row's reference where one of its weights reaches 2:
   // 1 + slack bits more. bfloat16 has float32's exponents, float16's weights lose bits below 2^−14.
   static constexpr float slack = !steady ? 0.0f : bfloat ? 24.0f : 3.0f;
@@ -70,7 +75,9 @@ struct ForwardConfig {
   // A job's parts that the producer posts. Where two warpgroups skip tiles they work theirs out themselves: the next
   // queries' place is free late, and their coming would wait for the producer (5% of a call of 1,024 tokens at 192).
   static constexpr int parts = !skips ? 1 : warpgroups > 2 ? warpgroups : 0;
-  static constexpr int panels = (head_dim + panel_columns - 1) / panel_columns;
+  static constexpr int panel_columns = panel_columns_of(head_dim), row_bytes = 2 * panel_columns;
+  static constexpr int panel_steps = panel_columns / 16;  // of the first product
+  static constexpr int panels = head_dim / panel_columns;
   static constexpr int q_panel = tile_q * row_bytes, kv_panel = tile_k * row_bytes;
   static constexpr int q_bytes = panels * q_panel, kv_bytes = panels * kv_panel;
   static_assert(head_dim % 32 == 0 && tile_k % 16 == 0 && tile_k <= 256 && slots >= 3 && q_buffers <= 2);

@@ -12,10 +12,10 @@ template <class Config>
 __device__ __forceinline__ void clear_rows(char* values, int rows) {
   constexpr int consumers = 128 * Config::warpgroups;
   int const thread = threadIdx.x - 128;
-  int const chunks = (Config::tile_k - rows) * (row_bytes / 16);
+  int const chunks = (Config::tile_k - rows) * (Config::row_bytes / 16);
 #pragma unroll
   for (int panel = 0; panel < Config::panels; ++panel) {
-    uint4* const tail = reinterpret_cast<uint4*>(values + panel * Config::kv_panel + rows * row_bytes);
+    uint4* const tail = reinterpret_cast<uint4*>(values + panel * Config::kv_panel + rows * Config::row_bytes);
     for (int i = thread; i < chunks; i += consumers) tail[i] = uint4{};
   }
   cutlass::arch::fence_view_async_shared();
@@ -27,7 +27,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
                                         int warpgroup) {
   using Element = typename Config::Element;
   constexpr int tile_k = Config::tile_k, head_dim = Config::head_dim;
-  constexpr int columns = Config::columns;
+  constexpr int columns = Config::columns, row_bytes = Config::row_bytes, steps = Config::panel_steps;
   bool const leads = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer what is free
   uint32_t const shared_q = cute::cast_smem_ptr_to_uint(shared.q);
   uint32_t const shared_kv = cute::cast_smem_ptr_to_uint(shared.kv);
@@ -43,17 +43,17 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
 
   // S = Q Kᵀ with the keys in `slot`; O += P V with the values in `slot`. Asynchronous.
   auto const issue_scores = [&](int slot) {
-    uint64_t const keys = operand(shared_kv + slot * Config::kv_bytes, 0);
-    uint64_t const queries = operand(shared_q + current.slot() * Config::q_bytes + first_row * row_bytes, 0);
+    uint64_t const keys = operand<row_bytes>(shared_kv + slot * Config::kv_bytes, 0);
+    uint64_t const queries = operand<row_bytes>(shared_q + current.slot() * Config::q_bytes + first_row * row_bytes, 0);
     hold(s);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int d = 0; d < head_dim / 16; ++d) {
-      uint64_t const k = keys + (d / 4 * Config::kv_panel + d % 4 * 32) / 16;
+      uint64_t const k = keys + (d / steps * Config::kv_panel + d % steps * 32) / 16;
       if constexpr (Config::queries_in_registers) {
         multiply_keys<Element, tile_k>(s, q + 4 * d, k, d > 0);
       } else {
-        multiply_keys<Element, tile_k>(s, queries + (d / 4 * Config::q_panel + d % 4 * 32) / 16, k, d > 0);
+        multiply_keys<Element, tile_k>(s, queries + (d / steps * Config::q_panel + d % steps * 32) / 16, k, d > 0);
       }
     }
     cute::warpgroup_commit_batch();
@@ -62,7 +62,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     uint32_t const panel_stride = Config::sums_by_product
                                       ? cute::cast_smem_ptr_to_uint(shared.ones) - shared_kv - slot * Config::kv_bytes
                                       : Config::kv_panel;
-    uint64_t const values = operand(shared_kv + slot * Config::kv_bytes, panel_stride);
+    uint64_t const values = operand<row_bytes>(shared_kv + slot * Config::kv_bytes, panel_stride);
     hold(o);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -92,8 +92,8 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       int const thread = threadIdx.x % 32, row = first_row + threadIdx.x % 128 / 32 * 16 + thread % 16;
 #pragma unroll
       for (int d = 0; d < head_dim / 16; ++d) {
-        read_operand(q + 4 * d, shared_q + current.slot() * Config::q_bytes + d / 4 * Config::q_panel, row,
-                     d % 4 * 2 + thread / 16);
+        read_operand<row_bytes>(q + 4 * d, shared_q + current.slot() * Config::q_bytes + d / steps * Config::q_panel,
+                                row, d % steps * 2 + thread / 16);
       }
       release_job();
     }

@@ -26,6 +26,7 @@ template <class Config>
 __device__ __forceinline__ void prefetch_first(Arguments<typename Config::Score> const& a) {
   using Element = typename Config::Element;
   constexpr int consumers = 128 * Config::warpgroups, most_keys = 128;
+  constexpr int lines = (Config::head_dim + 63) / 64;
   Work work;
   if (!starts_early(a.tiles, gridDim.x) || a.ragged()) return;
   if (!a.scheduler.work(a.p, blockIdx.x, work)) return;
@@ -34,16 +35,15 @@ __device__ __forceinline__ void prefetch_first(Arguments<typename Config::Score>
 #pragma unroll 1
   for (int row = thread; row < job.queries * a.pack; row += consumers) {
     int const query = a.query(row);
-    prefetch_row<Element, Config::panels>(a.p.q, work.sequence, work.head * a.pack + (row - query * a.pack),
-                                          job.first + query);
+    prefetch_row<Element, lines>(a.p.q, work.sequence, work.head * a.pack + (row - query * a.pack), job.first + query);
   }
   int const head_k = a.pack == a.p.group ? work.head : work.head * a.pack / a.p.group;
 #pragma unroll 1
   for (int i = thread; i < min_of(job.range.count() * Config::tile_k, most_keys); i += consumers) {
     int const row = job.range.tile(i / Config::tile_k) * Config::tile_k + i % Config::tile_k;
     if (row >= a.p.seqlen_k) continue;
-    prefetch_row<Element, Config::panels>(a.p.k, work.sequence, head_k, row);
-    prefetch_row<Element, Config::panels>(a.p.v, work.sequence, head_k, row);
+    prefetch_row<Element, lines>(a.p.k, work.sequence, head_k, row);
+    prefetch_row<Element, lines>(a.p.v, work.sequence, head_k, row);
   }
 }
 
@@ -121,7 +121,8 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
                        p.head_dim,
                        {1, p.seqlen_k, p.heads_k, batch},
                        {0, rows.row_stride, rows.head_stride, rows.batch_stride},
-                       {1, Config::tile_k}});
+                       {1, Config::tile_k},
+                       Config::panel_columns});
   };
   Arguments<typename Config::Score> const arguments{
       tensor_map({p.q.data,
@@ -129,7 +130,8 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
                   p.head_dim,
                   {pack, p.seqlen_q, p.heads_q / pack, batch},
                   {p.q.head_stride, p.q.row_stride, p.q.head_stride * pack, p.q.batch_stride},
-                  {plan.packed_heads, queries}}),
+                  {plan.packed_heads, queries},
+                  Config::panel_columns}),
       keys(p.k),
       keys(p.v),
       p,
@@ -138,7 +140,7 @@ void run_forward(ForwardParams const& p, Plan const& plan, cudaStream_t stream) 
              : ceil_div(groups * p.batch, plan.heads_per_section) * static_cast<uint32_t>(plan.section_slots),
       plan.packed_heads,
       (65535 + plan.packed_heads) / plan.packed_heads,
-      Config::panels * plan.packed_heads * queries * row_bytes,
+      Config::panels * plan.packed_heads * queries * Config::row_bytes,
       Config::steady && (Config::sums_by_product || p.lse == nullptr),
       Config::Score::make(p.scale, p.softcap)};
   if constexpr (Config::sums_by_product) {

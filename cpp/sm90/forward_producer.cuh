@@ -34,8 +34,8 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
 #pragma unroll
     for (int panel = 0; panel < Config::panels; ++panel) {
       cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), keep_in_l2,
-                                   shared.kv[place.slot] + panel * Config::kv_panel, panel * panel_columns, 0, row,
-                                   head, sequence);
+                                   shared.kv[place.slot] + panel * Config::kv_panel, panel * Config::panel_columns, 0,
+                                   row, head, sequence);
     }
     place.advance();
   };
@@ -105,8 +105,8 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
 #pragma unroll
       for (int panel = 0; panel < Config::panels; ++panel) {
         cute::SM90_TMA_LOAD_5D::copy(&a.q, reinterpret_cast<uint64_t*>(&shared.q_full[current.slot()]), drop_from_l2,
-                                     shared.q[current.slot()] + panel * Config::q_panel, panel * panel_columns, 0,
-                                     work.q_begin + job.first, work.head, sequence);
+                                     shared.q[current.slot()] + panel * Config::q_panel, panel * Config::panel_columns,
+                                     0, work.q_begin + job.first, work.head, sequence);
       }
     }
     shared.job[current.number] = job;

@@ -3,8 +3,9 @@
 // operands lie in shared memory.
 //
 // A tile of rows lies in shared memory as TMA writes it with its 128-byte swizzle: panels of 64 columns, each panel
-// (rows, 64 elements) with rows of 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. PTX ISA,
-// "Asynchronous warpgroup-level matrix shared memory layout".
+// (rows, 64 elements) with rows of 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. Where 64 does not
+// divide the columns, panels have 32 and rows 64 bytes (TMA's 64-byte swizzle, chunks permuted by half the row modulo
+// 4), or a quarter of them would be zeros. PTX ISA, "Asynchronous warpgroup-level matrix shared memory layout".
 #pragma once
 
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every multiple of 8 keys or columns, not only the powers of two
@@ -19,6 +20,9 @@ namespace flashcore::sm90 {
 
 constexpr int panel_columns = 64;
 constexpr int row_bytes = 2 * panel_columns;
+
+// Columns of a panel of rows of `columns`.
+constexpr int panel_columns_of(int columns) { return columns % 64 == 0 ? 64 : 32; }
 
 // Our element types in CUTLASS's names, and their packing.
 template <class Element>
@@ -42,10 +46,13 @@ struct Precision<__nv_bfloat16> {
 
 // A wgmma descriptor of an operand that begins at `address` (bytes, 1024-aligned but for steps inside a panel's row).
 // `panel_stride` (bytes) is the distance of its panels where the product's N runs over the columns (values), and is
-// ignored where the product's K does (queries, keys). Groups of 8 rows are 1024 bytes apart.
+// ignored where the product's K does (queries, keys). `row` is the bytes of a panel's row; groups of 8 rows lie
+// together.
+template <int row = row_bytes>
 __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel_stride) {
-  constexpr uint64_t swizzle_128b = uint64_t{1} << 62, groups_of_8_rows = uint64_t{8 * row_bytes / 16} << 32;
-  return swizzle_128b | groups_of_8_rows | uint64_t{panel_stride / 16} << 16 | (address >> 4 & 0x3fff);
+  static_assert(row == 128 || row == 64);
+  constexpr uint64_t swizzle = uint64_t{row == 128 ? 1 : 2} << 62, groups_of_8_rows = uint64_t{8 * row / 16} << 32;
+  return swizzle | groups_of_8_rows | uint64_t{panel_stride / 16} << 16 | (address >> 4 & 0x3fff);
 }
 
 namespace wgmma {
@@ -89,10 +96,12 @@ __device__ __forceinline__ void multiply_keys(float (&s)[n / 2], uint32_t const*
 
 // Reads a warp's 16 rows × 16 columns of a panel at `panel` as such an operand: this lane brings the address of row
 // `row`, 16-byte chunk `chunk` (before the swizzle), which are (lane % 16, lane / 16) past the first ones.
+template <int bytes>  // of a panel's row
 __device__ __forceinline__ void read_operand(uint32_t* x, uint32_t panel, int row, int chunk) {
+  int const swizzled = chunk ^ (bytes == 128 ? row % 8 : row / 2 % 4);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(panel + row * row_bytes + (chunk ^ row % 8) * 16)
+               : "r"(panel + row * bytes + swizzled * 16)
                : "memory");
 }
 

@@ -33,13 +33,15 @@ CUtensorMap encoded(const TensorMapShape& shape) {
     // The stride of an axis of extent 1 says nothing, but has to be valid.
     stride[i] = shape.extent[i] > 1 ? shape.stride[i] * 2 : 16;
   }
-  cuuint32_t const box[5] = {64, static_cast<cuuint32_t>(shape.box[0]), static_cast<cuuint32_t>(shape.box[1]), 1, 1};
+  cuuint32_t const box[5] = {static_cast<cuuint32_t>(shape.columns), static_cast<cuuint32_t>(shape.box[0]),
+                             static_cast<cuuint32_t>(shape.box[1]), 1, 1};
+  CUtensorMapSwizzle const swizzle = shape.columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   cuuint32_t const steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   auto const encode = [&] {
     return encoder()(&map, shape.dtype == float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                      5, const_cast<void*>(shape.data), extent, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                     swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult status = encode();
   if (status == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has not launched yet; the runtime binds its context
@@ -57,7 +59,7 @@ CUtensorMap encoded(const TensorMapShape& shape) {
 
 bool operator==(const TensorMapShape& a, const TensorMapShape& b) {
   return a.data == b.data && a.dtype == b.dtype && a.head_dim == b.head_dim && std::ranges::equal(a.extent, b.extent) &&
-         std::ranges::equal(a.stride, b.stride) && std::ranges::equal(a.box, b.box);
+         std::ranges::equal(a.stride, b.stride) && std::ranges::equal(a.box, b.box) && a.columns == b.columns;
 }
 
 }  // namespace

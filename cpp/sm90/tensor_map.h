@@ -11,13 +11,14 @@
 namespace flashcore::sm90 {
 
 // An array of head_dim × extent[0] × ... × extent[3] elements of two bytes, strides in elements, of which TMA loads
-// boxes of 64 columns, box[0] × box[1] rows. What a box holds outside the array is zero.
+// boxes of `columns` columns, one panel's (64 or 32), box[0] × box[1] rows. What a box holds outside the array is zero.
 struct TensorMapShape {
   const void* data;
   DType dtype;
   int64_t head_dim;
   int64_t extent[4], stride[4];
   int box[2];
+  int columns = 64;
 };
 
 // Throws RuntimeError where the driver refuses, which plan() has ruled out for valid arrays.
