@@ -565,6 +565,23 @@ def busiest(p, pairs: int, lengths: list[float], width: int) -> tuple[float, int
 
 
 @needs_sm90
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [72, 96])
+def test_three_warpgroups_for_long_sequences(device, large_kernel, head_dim, causal):
+    """Head dimension 96 has tiles of 192 rows where they leave few rows empty: 11% are at 512 and 1,024 tokens, 3% at
+    2,048; not where fewer tiles leave multiprocessors idle, and not for capped scores, which have no such tile."""
+
+    def tile(batch, seqlen, heads, **options):
+        p = shape_plan("h100", (batch, seqlen, heads, head_dim), causal=causal, **options)
+        return p.tile_q, p.tile_k
+
+    for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
+        assert tile(16384 // seqlen, seqlen, 21) == ((128, 128) if seqlen < 2048 else (192, 96)), seqlen
+        assert tile(16384 // seqlen, seqlen, 21, softcap=30.0) == (128, 128)
+    assert tile(1, 4096, 4) == (128, 128)  # 128 tiles of 128 rows, or 88 of 192, for 132 multiprocessors
+
+
+@needs_sm90
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096, 8192, 16384])
 def test_uneven_tiles_are_shared_evenly(device, large_kernel, head_dim, seqlen):

@@ -61,7 +61,7 @@ struct ForwardConfig {
                                : head_dim == 96  ? (warpgroups == 3 ? 4 : 16)
                                : head_dim == 128 ? 32
                                                  : 24;
-  static constexpr bool waits_late = early > 0;
+  static constexpr bool waits_late = early > 0 && steady;
   // A row's largest weight so far is 2^−slack, and a tile moves the row's reference where one of its weights reaches 2:
   // 1 + slack bits more. bfloat16 has float32's exponents, float16's weights lose bits below 2^−14.
   static constexpr float slack = !steady ? 0.0f : bfloat ? 24.0f : 3.0f;

@@ -229,8 +229,14 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       fresh[0].sum = fresh[1].sum = 0.0f;
       lower(offset);
       exponentials<Config>(s, fresh, offset, a.score.factor);
-      // The wait for the output comes after an exponential: see `steady_step`.
-      if (leads & !(s[0] < 0.0f)) shared.empty[keys].arrive();
+      if constexpr (finishes && Config::waits_late) {
+        // The wait for the output stays behind this arrival, and the arrival waits for an exponential. That is never
+        // negative, which the compiler knows, unless some of its bits are cut.
+        float const begun = __uint_as_float(__float_as_uint(s[0]) & Config::kept);
+        if (leads & !(begun < 0.0f)) shared.empty[keys].arrive();
+      } else {
+        release(shared.empty[keys]);
+      }
       if constexpr (finishes) {
         cute::warpgroup_wait<0>();
         hold(o);
