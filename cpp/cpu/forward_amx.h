@@ -44,7 +44,7 @@ struct ForwardTiles : TileRows<T, Score> {
     int block, first_key, held;
     Span span;
     bool two_tiles;
-    bool wide;  // weights by the polynomial
+    uint32_t wide;  // rows that have their weights by the polynomial
     float* weights;
     bool rescales = false;   // the outputs so far,
     float ratio[amx_block];  // by this
@@ -66,11 +66,12 @@ struct ForwardTiles : TileRows<T, Score> {
   float* weights;       // of two passes
   T* gathered;          // [keys_of_tile][head_dim]: rows that lie in pages
   RowStates<tile_q> state;
-  float exact_sum[tile_q];                     // of the weights before they are rounded
-  float offset[tile_q];                        // offset_for() the row's reference (state.max)
-  float exact_offset[tile_q];                  // -factor times the reference
-  bool wide_queries[tile_q / amx_block] = {};  // blocks, and held tiles, of which scores may be NaN
-  bool wide_keys[packed_bytes / (4 * keys_of_tile * tile_depth)] = {};
+  float exact_sum[tile_q];     // of the weights before they are rounded
+  float offset[tile_q];        // offset_for() the row's reference (state.max)
+  float exact_offset[tile_q];  // -factor times the reference
+  uint32_t
+      wide_queries[tile_q / amx_block];  // of each block the rows of which scores may be NaN, and held tiles of keys
+  bool wide_keys[packed_bytes / (4 * keys_of_tile * tile_depth)];
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
   int settled_block = -1;          // all of whose rows have a reference
   float unseen;                    // the score of a key that a row does not see
@@ -132,7 +133,8 @@ struct ForwardTiles : TileRows<T, Score> {
     float* exact = nullptr;  // or null
     int64_t row = 0, rows = 0;
     int each = 0;  // rows of a call
-    bool slowly = false, wide = false;
+    bool slowly = false;
+    uint32_t wide = 0;
     __m512i largest = _mm512_setzero_si512();  // of a pass, lane by lane, if `fixed_point`
     FixedPoint const fixed;
 
@@ -171,12 +173,12 @@ struct ForwardTiles : TileRows<T, Score> {
       }
     }
 
-    // The same where it is `wide`, or also exactly. Returns the largest weights. (A copy: the fields stay in
+    // The same where rows are `wide`, or also exactly. Returns the largest weights. (A copy: the fields stay in
     // registers.)
     __attribute__((noinline)) static __m512i weigh_slowly(Beside b, int64_t end) {
       for (int64_t at = b.row * lanes; b.row < end; ++b.row, at += lanes) {
         Vec const scores[2] = {load(b.s + at), load(b.s + at + column_floats)};
-        if (b.wide) {
+        if (b.wide >> b.row & 1) {
           Vec x[2];
           for (int i = 0; i < 2; ++i) x[i] = exponents<T>(scores[i], b.factor, b.offset[b.row]);
           exp2_in_range(Parts<T>::exp2_terms, x);
@@ -209,7 +211,7 @@ struct ForwardTiles : TileRows<T, Score> {
                                              min_of(amx_block, rows - first), params.head_dim,
                                              queries + block * steps * step_elements);
       if constexpr (fixed_point) {
-        wide_queries[block] = seen.reaches(wide_from);
+        wide_queries[block] = seen.reaches(wide_from) ? wide_rows_of(block) : 0;
       } else if (seen.unfit & out_of_range) {  // an infinite one makes NaN of its row, as it does without parts
         return false;
       }
@@ -234,6 +236,20 @@ struct ForwardTiles : TileRows<T, Score> {
     }
     write();
     return true;
+  }
+
+  // Rows of a block that have a query of which scores may be NaN. The others keep their bits.
+  uint32_t wide_rows_of(int block) const {
+    uint32_t which = 0;
+    for (int i = 0; i < amx_block && block * amx_block + i < rows; ++i) {
+      const T* const row = static_cast<const T*>(params.q.data) + offset_of(params.q, block * amx_block + i);
+      Largest largest;
+      for (int d = 0; d < params.head_dim; d += tile_depth) {
+        largest.see(_mm512_maskz_loadu_epi16(mask_of(params.head_dim - d), row + d));
+      }
+      which |= uint32_t{largest.reaches(wide_from)} << i;
+    }
+    return which;
   }
 
   // Filled up to whole blocks, of the tile that begins at first_key.
@@ -282,7 +298,7 @@ struct ForwardTiles : TileRows<T, Score> {
     next.held = held;
     next.span = {max_of(begin, 0) / amx_block * amx_block, min_of(ceil_div(end, amx_block) * amx_block, packed)};
     next.two_tiles = rows - row > tile_rows;
-    next.wide = wide_queries[block] || wide_keys[held];
+    next.wide = wide_keys[held] ? ~0u : wide_queries[block];
     next.weights = weights + last_pass % 2 * weight_floats;
     int const calls = steps * calls_of_step<Parts<T>::scores>;
     for (int i = 0; i < next.units(); ++i) {
@@ -351,7 +367,7 @@ struct ForwardTiles : TileRows<T, Score> {
     beside.sums = reinterpret_cast<float*>(sums);
     beside.exact = sums_exactly() ? reinterpret_cast<float*>(exact) : nullptr;
     beside.wide = p.wide;
-    beside.slowly = p.wide || sums_exactly();
+    beside.slowly = p.wide != 0 || sums_exactly();
     beside.rows = p.height();
     beside.each = ceil_div(p.height(), calls);
   }
