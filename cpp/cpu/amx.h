@@ -208,7 +208,11 @@ struct Parts<BFloat> {
   FLASHCORE_HD static void join(__m512 first, __m512 second, __m512 factor, BFloat* to, __mmask32 present) {
     __m512i const both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(second, factor), _mm512_mul_ps(first, factor));
     __m512i const in_order = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), both);
-    _mm512_mask_storeu_epi16(to, present, in_order);
+    if (present == mask_of(32)) {
+      _mm512_storeu_si512(to, in_order);
+    } else {
+      _mm512_mask_storeu_epi16(to, present, in_order);
+    }
   }
 };
 
@@ -361,6 +365,13 @@ FLASHCORE_HD float offset_for(float reference, float factor) {
   if (reference == minus_infinity()) reference = 0.0f;
   if constexpr (Parts<T>::fixed_point) return fixed_point_offset(reference * factor);
   return Parts<T>::exact_at_reference ? reference : -(reference * factor);
+}
+// Of sixteen rows that have a reference.
+template <typename T>
+FLASHCORE_HD Vec offsets_for(Vec references, float factor) {
+  if constexpr (Parts<T>::fixed_point)
+    return splat(fixed_point_offset(0.0f)) - references * splat(factor) * splat(512.0f);
+  return Parts<T>::exact_at_reference ? references : references * splat(-factor);
 }
 template <typename T>
 FLASHCORE_HD Vec exponents(Vec scores, float factor, float offset) {

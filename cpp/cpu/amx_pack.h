@@ -20,14 +20,19 @@ typename Parts<T>::Seen pack_tile_queries(RowOf row_of, int count, int head_dim,
     const T* from[tile_rows];
     for (int i = 0; i < present; ++i) from[i] = row_of(first + i);
     uint16_t* at = to + (first / amx_block * steps * parts * 2 + first / tile_rows % 2) * tile_elements;
-    for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
-      __mmask32 const mask = mask_of(head_dim - s * tile_depth);
-      for (int i = 0; i < tile_rows; ++i) {
-        __m512i part[parts] = {};
-        if (i < present) Parts<T>::template split<Order::any>(from[i] + s * tile_depth, mask, part, seen);
-        for (int j = 0; j < parts; ++j) _mm512_storeu_si512(at + j * 2 * tile_elements + i * tile_depth, part[j]);
+    auto const pack = [&](auto whole) {
+      for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
+        __mmask32 const mask = mask_of(head_dim - s * tile_depth);
+        for (int i = 0; i < tile_rows; ++i) {
+          __m512i part[parts] = {};
+          if (decltype(whole)::value || i < present) {
+            Parts<T>::template split<Order::any>(from[i] + s * tile_depth, mask, part, seen);
+          }
+          for (int j = 0; j < parts; ++j) _mm512_storeu_si512(at + j * 2 * tile_elements + i * tile_depth, part[j]);
+        }
       }
-    }
+    };
+    present == tile_rows ? pack(Constant<1>{}) : pack(Constant<0>{});
   }
   return seen;
 }
@@ -76,7 +81,7 @@ typename Parts<T>::Seen pack_tile_values(const T* from, int64_t stride, int coun
   constexpr int parts = Parts<T>::count;
   int const blocks = ceil_div(head_dim, amx_block), steps = keys / tile_depth;
   typename Parts<T>::Seen seen;
-  for (int s = 0; s < steps; ++s) {
+  auto const pack = [&](int s, auto whole) {
     for (int c = 0; c < blocks; ++c) {
       __mmask32 const mask = mask_of(head_dim - c * amx_block);
       const T* const column = from + c * amx_block;
@@ -84,15 +89,20 @@ typename Parts<T>::Seen pack_tile_values(const T* from, int64_t stride, int coun
       for (int i = 0; i < tile_rows; ++i, at += tile_depth) {
         int const key = s * tile_depth + first_of_pair<T>(i), other = key + (Parts<T>::fixed_point ? 1 : tile_rows);
         __m512i low[parts] = {}, high[parts] = {};
-        if (key < count) Parts<T>::template split<Order::kept>(column + key * stride, mask, low, seen);
-        if (other < count) Parts<T>::template split<Order::kept>(column + other * stride, mask, high, seen);
+        if (decltype(whole)::value || key < count) {
+          Parts<T>::template split<Order::kept>(column + key * stride, mask, low, seen);
+        }
+        if (decltype(whole)::value || other < count) {
+          Parts<T>::template split<Order::kept>(column + other * stride, mask, high, seen);
+        }
         for (int j = 0; j < parts; ++j) {
           _mm512_storeu_si512(at + 2 * j * tile_elements, _mm512_unpacklo_epi16(low[j], high[j]));
           _mm512_storeu_si512(at + (2 * j + 1) * tile_elements, _mm512_unpackhi_epi16(low[j], high[j]));
         }
       }
     }
-  }
+  };
+  for (int s = 0; s < steps; ++s) (s + 1) * tile_depth <= count ? pack(s, Constant<1>{}) : pack(s, Constant<0>{});
   return seen;
 }
 

@@ -567,16 +567,23 @@ struct ForwardTiles : TileRows<T, Score> {
   // Rows without a reference take the largest of a unit's scores, if they see one.
   void settle(const Pass& p, const float* s) {
     settled_block = p.block;
-    for (int i = 0; i < p.height(); ++i) {
-      int const row = p.block * amx_block + i;
-      if (state.max[row] != minus_infinity()) continue;
-      Vec const most = larger(load(s + i * lanes), larger(load(s + column_floats + i * lanes), splat(unseen)));
-      float const reference = max_across(most);
-      if (reference > unseen) {
-        refer(row, reference);
-      } else {
-        settled_block = -1;
+    for (int first = 0; first < p.height(); first += tile_rows) {
+      int const row = p.block * amx_block + first;
+      __m512 const before = (__m512)load(state.max + row);
+      __mmask16 const open = _mm512_cmp_ps_mask(before, _mm512_set1_ps(minus_infinity()), _CMP_EQ_OQ);
+      if (open == 0) continue;
+      Vec v[sixteen];
+#pragma GCC unroll 16
+      for (int i = 0; i < sixteen; ++i) {
+        const float* const at = s + (first + i) * lanes;
+        v[i] = larger(load(at), larger(load(at + column_floats), splat(unseen)));
       }
+      __m512 const most = (__m512)across_each(v, [](Vec x, Vec y) { return larger(x, y); });
+      __mmask16 const settles = _mm512_mask_cmp_ps_mask(open, most, _mm512_set1_ps(unseen), _CMP_GT_OQ);
+      if (settles != open) settled_block = -1;
+      _mm512_mask_storeu_ps(state.max + row, settles, most);
+      _mm512_mask_storeu_ps(offset + row, settles, (__m512)offsets_for<T>((Vec)most, score.factor));
+      _mm512_mask_storeu_ps(exact_offset + row, settles, (__m512)((Vec)most * splat(-score.factor)));
     }
   }
 
@@ -603,8 +610,10 @@ struct ForwardTiles : TileRows<T, Score> {
                                              (__m512)splat(1.0f), (__m512)sum));
       bool const none = fresh[row / amx_block];
       const float* from = out_of(row / amx_block) + row % amx_block * lanes;
+      T* const first_row = static_cast<T*>(params.o.data) + offset_of(params.o, row);
       for (int i = 0; i < min_of(tile_rows, rows - row); ++i, from += lanes) {
-        T* const to = static_cast<T*>(params.o.data) + offset_of(params.o, row + i);
+        T* const to = tile.heads == 1 ? first_row + i * params.o.row_stride
+                                      : static_cast<T*>(params.o.data) + offset_of(params.o, row + i);
         __m512 const factor = _mm512_set1_ps(inverse[i]);
         for (int c = 0; c < columns; c += amx_block) {
           const float* const at = from + c / amx_block * block_floats;
