@@ -330,9 +330,9 @@ FLASHCORE_HD float fixed_point_offset(float exponent_of_reference) {
          exponent_of_reference * fixed_point_scale;
 }
 
-// 512 (1 + f - 2^f) for f's upper six bits; the rounding's 2 / 512 are not in f here.
+// 512 (1 + f - 2^f) for the upper six bits of f (without the rounding's 2 / 512). The first, 1, is 0: so 0 stays 0.
 alignas(64) constexpr uint8_t fixed_point_corrections[64] = {
-    1,  3,  5,  8,  10, 12, 14, 16, 18, 20, 22, 24, 25, 27, 28, 30, 31, 33, 34, 35, 36, 37,
+    0,  3,  5,  8,  10, 12, 14, 16, 18, 20, 22, 24, 25, 27, 28, 30, 31, 33, 34, 35, 36, 37,
     38, 39, 40, 41, 42, 42, 43, 43, 43, 44, 44, 44, 44, 44, 44, 44, 43, 43, 42, 42, 41, 40,
     39, 38, 37, 36, 35, 33, 32, 30, 28, 27, 25, 23, 21, 18, 16, 14, 11, 8,  5,  2};
 
