@@ -124,10 +124,23 @@ def test_scores_beyond_fixed_point(arrays, score, causal):
 def test_queries_and_keys_of_far_magnitudes(arrays, power):
     """Queries and keys near opposite ends of bfloat16's range, whose scores are as always."""
     needs(arrays, "bfloat16")
+    if arrays.device != "cpu":
+        pytest.skip("for the CPU")
     query, key, value = arrays.qkv(1, 100, 300, 4, 2, 64, "bfloat16", power)
     for q, k in ((query * 2.0**power, key * 2.0**-power), (query * 2.0**-power, key * 2.0**power)):
         out, lse = flashcore.attention(q, k, value, return_lse=True)
         assert_attention(arrays, out, lse, q, k, value)
+
+
+@pytest.mark.parametrize("power", [-110, -70, -50, 90, 110])
+def test_values_of_far_magnitudes(arrays, power):
+    """Values that are all small or all large, in bfloat16."""
+    needs(arrays, "bfloat16")
+    if arrays.device != "cpu":
+        pytest.skip("for the CPU")
+    query, key, value = arrays.qkv(1, 100, 300, 4, 2, 64, "bfloat16", power + 200)
+    out, lse = flashcore.attention(query, key, value * 2.0**power, return_lse=True)
+    assert_attention(arrays, out * 2.0**-power, lse, query, key, value)
 
 
 @pytest.mark.parametrize("seqlen_q", [7, 300])

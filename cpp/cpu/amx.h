@@ -99,6 +99,7 @@ struct Largest {
   FLASHCORE_HD void see(__m512i bits) {
     magnitude = _mm512_max_epu16(magnitude, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
   }
+  bool none_but_zeros() const { return _mm512_test_epi16_mask(magnitude, magnitude) == 0; }
   // Whether one of them is 2^exponent or more.
   FLASHCORE_HD bool reaches(int exponent) const {
     return _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(static_cast<int16_t>((exponent + 127) << 7))) != 0;

@@ -36,13 +36,15 @@ struct ForwardTiles : TileRows<T, Score> {
   static constexpr int weight_floats = keys_of_tile / tile_depth * Atom::step_floats;
   static_assert(tile_q % amx_block == 0 && keys_of_tile % amx_block == 0 && amx_block == tile_depth);
 
-  // Where `fixed_point`: queries and keys below 2^59 make finite scores; products of values above 2^100 may overflow.
-  static constexpr int wide_from = 59, values_up_to = 100;
+  // Where `fixed_point`: queries and keys below 2^59 make finite scores; products of values from 2^100 on may overflow,
+  // and those of tiles of values below 2^-60, of which tile registers take what is subnormal for 0, may vanish.
+  static constexpr int wide_from = 59, values_from = -60, values_up_to = 100;
 
   // A block of rows with a packed tile of keys, of which it takes in units of 32 keys those that some row sees.
   struct Pass {
     int block, first_key, held;
     Span span;
+    Span seen_by_all;  // keys of the sequence
     bool two_tiles;
     uint32_t wide;  // rows that have their weights by the polynomial
     float* weights;
@@ -140,37 +142,48 @@ struct ForwardTiles : TileRows<T, Score> {
 
     FLASHCORE_HD explicit Beside(float factor_of_scores) : factor(factor_of_scores), fixed(factor_of_scores) {}
 
-    FLASHCORE_HD void operator()() { weigh_until(min_of(row + each, rows)); }
-    FLASHCORE_HD void rest() { weigh_until(rows); }
+    // Without a loop for 1, 2 and 4 rows: its end would be hard to foretell.
+    FLASHCORE_HD void operator()() {
+      if (row >= rows) return;
+      if (fixed_point && slowly) return rest_slowly(row + each);
+      weigh();
+      if (each == 1) return;
+      weigh();
+      if (each == 2) return;
+      weigh();
+      weigh();
+      for (int i = 4; i < each; ++i) weigh();
+    }
+    FLASHCORE_HD void rest() {
+      if (fixed_point && slowly) return rest_slowly(rows);
+      while (row < rows) weigh();
+    }
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     __attribute__((noinline))  // in a dozen places with checks GCC 12 takes minutes over it
 #else
     FLASHCORE_HD
 #endif
-    void weigh_until(int64_t end) {
+    void weigh() {
+      int64_t const at = row * lanes;
       if constexpr (fixed_point) {
-        if (slowly) {
-          if (row < end) largest = weigh_slowly(*this, end);
-          row = end;
-          return;
-        }
+        __m512i const weights =
+            fixed.weights((__m512)load(s + at), (__m512)load(s + at + column_floats), (__m512)splat(offset[row]));
+        largest = _mm512_max_epu16(largest, weights);
+        _mm512_storeu_si512(w + at, weights);
+      } else {
+        Vec x[2] = {load(s + at), load(s + at + column_floats)};
+        for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
+        exp2_in_range(Parts<T>::exp2_terms, x);
+        Atom::store_weights(w + at, x);
+        store(sums + at, load(sums + at) + (x[0] + x[1]));
       }
-      for (; row < end; ++row) {
-        int64_t const at = row * lanes;
-        if constexpr (fixed_point) {
-          __m512i const weights =
-              fixed.weights((__m512)load(s + at), (__m512)load(s + at + column_floats), (__m512)splat(offset[row]));
-          largest = _mm512_max_epu16(largest, weights);
-          _mm512_storeu_si512(w + at, weights);
-        } else {
-          Vec x[2] = {load(s + at), load(s + at + column_floats)};
-          for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
-          exp2_in_range(Parts<T>::exp2_terms, x);
-          Atom::store_weights(w + at, x);
-          store(sums + at, load(sums + at) + (x[0] + x[1]));
-        }
-      }
+      ++row;
+    }
+
+    FLASHCORE_HD void rest_slowly(int64_t end) {
+      if (row < end) largest = weigh_slowly(*this, end);
+      row = end;
     }
 
     // The same where rows are `wide`, or also exactly. Returns the largest weights. (A copy: the fields stay in
@@ -277,7 +290,7 @@ struct ForwardTiles : TileRows<T, Score> {
     auto const seen_values = packed(params.v, pack_tile_values<T>, values);
     if constexpr (fixed_point) {
       wide_keys[held] = seen_keys.reaches(wide_from);
-      return !seen_values.reaches(values_up_to);
+      return seen_values.none_but_zeros() || (seen_values.reaches(values_from) && !seen_values.reaches(values_up_to));
     } else {
       return (seen_keys.unfit | seen_values.unfit) == 0;
     }
@@ -297,6 +310,7 @@ struct ForwardTiles : TileRows<T, Score> {
     next.first_key = first_key;
     next.held = held;
     next.span = {max_of(begin, 0) / amx_block * amx_block, min_of(ceil_div(end, amx_block) * amx_block, packed)};
+    next.seen_by_all = {mask.first_key(query_of(end_row)), mask.end_key(query_of(row))};
     next.two_tiles = rows - row > tile_rows;
     next.wide = wide_keys[held] ? ~0u : wide_queries[block];
     next.weights = weights + last_pass % 2 * weight_floats;
@@ -329,7 +343,8 @@ struct ForwardTiles : TileRows<T, Score> {
     if (weighed.pass) prepare(*weighed.pass, weighed.index, weighed.scores);
     int until = column;
     if (made) {
-      until += ceil_div(blocks - column, turns--);
+      until += blocks - column <= turns ? 1 : ceil_div(blocks - column, turns);
+      --turns;
       bool const sums_too = fixed_point && until == blocks && column < until;
       calls += (until - column - sums_too) * made->units() * calls_of_step<Parts<T>::outputs>;
       if (sums_too) calls += 2 * made->units();
@@ -369,7 +384,7 @@ struct ForwardTiles : TileRows<T, Score> {
     beside.wide = p.wide;
     beside.slowly = p.wide != 0 || sums_exactly();
     beside.rows = p.height();
-    beside.each = ceil_div(p.height(), calls);
+    for (beside.each = 1; beside.each * calls < p.height();) beside.each *= 2;
   }
 
   // The weights of a pass are there, `largest` of them lane by lane: takes in their sums.
@@ -552,8 +567,7 @@ struct ForwardTiles : TileRows<T, Score> {
       }
     }
     int const row = p.block * amx_block, key = p.first_key + p.span.begin + unit * amx_block;
-    int const end_row = min_of(row + amx_block, rows) - 1;
-    if (mask.first_key(query_of(end_row)) <= key && mask.end_key(query_of(row)) >= key + amx_block) return;
+    if (p.seen_by_all.begin <= key && p.seen_by_all.end >= key + amx_block) return;
     __m512 const nothing = _mm512_set1_ps(unseen);
     for (int i = 0; i < p.height(); ++i) {
       int const query = query_of(min_of(row + i, rows - 1));
