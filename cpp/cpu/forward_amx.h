@@ -46,7 +46,7 @@ struct ForwardTiles : TileRows<T, Score> {
     Span span;
     Span seen_by_all;  // keys of the sequence
     bool two_tiles;
-    uint32_t wide;  // rows that have their weights by the polynomial
+    uint32_t wide = 0;  // rows that have their weights by the polynomial, if `fixed_point`
     float* weights;
     bool rescales = false;   // the outputs so far,
     float ratio[amx_block];  // by this
@@ -312,7 +312,7 @@ struct ForwardTiles : TileRows<T, Score> {
     next.span = {max_of(begin, 0) / amx_block * amx_block, min_of(ceil_div(end, amx_block) * amx_block, packed)};
     next.seen_by_all = {mask.first_key(query_of(end_row)), mask.end_key(query_of(row))};
     next.two_tiles = rows - row > tile_rows;
-    next.wide = wide_keys[held] ? ~0u : wide_queries[block];
+    if constexpr (fixed_point) next.wide = wide_keys[held] ? ~0u : wide_queries[block];
     next.weights = weights + last_pass % 2 * weight_floats;
     int const calls = steps * calls_of_step<Parts<T>::scores>;
     for (int i = 0; i < next.units(); ++i) {
