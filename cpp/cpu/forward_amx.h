@@ -4,14 +4,23 @@
 //
 // A row's weights are relative to a reference that stays, the largest of the first 32 scores that it sees: bfloat16 has
 // exponents enough, and no later unit must look for its maxima first. Only rows of which a pass makes weights too large
-// have a new reference, and those weights once more. The sums are those of the weights as the products take them:
-// in bfloat16 the largest weight is rounded too, and its error cancels.
+// have a new reference, and those weights once more. In bfloat16 the sums are those of the weights as the products take
+// them, and products make them: the largest weight is rounded too, and its error cancels.
 //
-// What bounds it (Xeon with AMX, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128, 512 keys):
-// 13.5 / 19.5 in all, of which packing and the rest outside of the pipeline take 2.8 / 4, the products alone 4.5 / 9
-// (4 / 8 at their peak), the weights alone 6 (of which half are multiply-adds, that run at half rate beside products).
-// Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not, which is why
-// keys and values are loaded past it (15.6 / 24 clocks before); they are 2 x 20 clocks beside four products' 64.
+// What bounds it (Xeon with AMX at 2.9 GHz, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128,
+// 512 keys): 10.1 / 16.6 in all (13.5 / 19.5 with weights by the polynomial and sums by vectors), of which what is
+// outside of the pipeline takes 2 / 3, the weights alone 2.5 (5.7), and the products 4.5 / 8.5 at their peak. Measured
+// apart, products with their loads and the weights beside them keep to it, 17 clocks each; the ends of blocks do not,
+// where the results come 52 clocks after the last product and four tiles are stored: 80 clocks where nothing hides
+// them. Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not, which
+// is why keys and values are loaded past it (15.6 / 24 clocks before) and scores have two units' memory, not three (6%
+// more).
+//
+// Tried without gain: the next tile's rows fetched beside the products (5% faster at 64, 15% slower at 128: lines from
+// the last level hold what the loads of keys and values need), results' lines fetched for writing (4 to 8% slower),
+// loads before stores where a block begins, weights of two passes in a ring of 22 KiB, not 32, passes of 64 to 192
+// keys, a block of rows written as soon as it is finished (up to 7% slower), float16's scores without the products of
+// second parts where those are negligible (0 to 7% faster at 128, 3 to 6% slower at 64).
 #pragma once
 
 #include "cpu/amx.h"
