@@ -36,14 +36,15 @@ struct ForwardTiles : TileRows<T, Score> {
   using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
   static constexpr int parts = Atom::parts;
   // Keys of a tile here: storing a block of outputs and loading it again takes as long as its products with 64 keys, so
-  // that there should be many. Packed they pass through the second-level cache.
-  static constexpr int keys_of_tile = 256;
+  // that there should be many. Packed they pass through the second-level cache. In float16 up to head dimension 64 half
+  // as many are 4% faster (two passes' weights come to 32 KiB), above it they are slower.
+  static constexpr int most_keys_of_tile = 256;
   static constexpr int step_elements = parts * 2 * tile_elements;  // of a packed block, in a step
   static constexpr int unit_floats = block_floats;                 // scores of a unit
   static constexpr float largest_sum = 0x1p24f;                    // of a pass: above it a row has a new reference
   static constexpr bool fixed_point = Parts<T>::fixed_point;       // so are weights made, and products sum them
-  static constexpr int weight_floats = keys_of_tile / tile_depth * Atom::step_floats;
-  static_assert(tile_q % amx_block == 0 && keys_of_tile % amx_block == 0 && amx_block == tile_depth);
+  static constexpr int weight_floats = most_keys_of_tile / tile_depth * Atom::step_floats;
+  static_assert(tile_q % amx_block == 0 && most_keys_of_tile % amx_block == 0 && amx_block == tile_depth);
 
   // Where `fixed_point`: queries and keys below 2^59 make finite scores; products of values from 2^100 on may overflow,
   // and those of tiles of values below 2^-60, of which tile registers take what is subnormal for 0, may vanish.
@@ -64,6 +65,7 @@ struct ForwardTiles : TileRows<T, Score> {
     int units() const { return (span.end - span.begin) / amx_block; }
   };
 
+  int keys_of_tile;
   int steps;            // of the head dimension
   int columns;          // head_dim in whole blocks
   int blocks;           // of 32 columns of outputs, the sums of the weights among them
@@ -80,9 +82,9 @@ struct ForwardTiles : TileRows<T, Score> {
   float exact_sum[tile_q];     // of the weights before they are rounded
   float offset[tile_q];        // offset_for() the row's reference (state.max)
   float exact_offset[tile_q];  // -factor times the reference
-  uint32_t
-      wide_queries[tile_q / amx_block];  // of each block the rows of which scores may be NaN, and held tiles of keys
-  bool wide_keys[packed_bytes / (4 * keys_of_tile * tile_depth)];
+  // Of each block the rows of which scores may be NaN, and held tiles of keys.
+  uint32_t wide_queries[tile_q / amx_block];
+  bool wide_keys[packed_bytes / (4 * most_keys_of_tile * tile_depth)];
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
   int settled_block = -1;          // all of whose rows have a reference
   float unseen;                    // the score of a key that a row does not see
@@ -110,6 +112,7 @@ struct ForwardTiles : TileRows<T, Score> {
         columns(ceil_div(p.head_dim, amx_block) * amx_block),
         blocks(columns / amx_block + (fixed_point ? 1 : 0)),
         products(nullptr) {
+    keys_of_tile = parts == 2 && p.head_dim <= 64 ? 128 : most_keys_of_tile;
     packed_elements = keys_of_tile * steps * tile_depth * parts;
     held_tiles = max_of(1, packed_bytes / (2 * 2 * packed_elements));
     float* at = scratch;
@@ -127,9 +130,9 @@ struct ForwardTiles : TileRows<T, Score> {
     products = TileBlocks(scores + 2 * unit_floats);
     gathered = reinterpret_cast<T*>(at);
     constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * (max_head_dim + amx_block) +
-                               3 * unit_floats + 2 * weight_floats + keys_of_tile * max_head_dim;
+                               3 * unit_floats + 2 * weight_floats + most_keys_of_tile * max_head_dim;
     static_assert(floats + packed_bytes / 4 <= scratch_floats &&
-                  4 * keys_of_tile * max_head_dim * parts <= packed_bytes);
+                  4 * most_keys_of_tile * max_head_dim * parts <= packed_bytes);
   }
 
   // The weights of a unit, `each` rows at a call. All that it needs is in itself: products are said to change memory,
