@@ -8,7 +8,7 @@
 // them, and products make them: the largest weight is rounded too, and its error cancels.
 //
 // What bounds it (Xeon with AMX at 2.9 GHz, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128,
-// 512 keys): 10.1 / 16.6 in all (13.5 / 19.5 with weights by the polynomial and sums by vectors), of which what is
+// 512 keys): 10.0 / 16.4 in all (13.6 / 19.7 with weights by the polynomial and sums by vectors), of which what is
 // outside of the pipeline takes 2 / 3, the weights alone 2.5 (5.7), and the products 4.5 / 8.5 at their peak. Measured
 // apart, products with their loads and the weights beside them keep to it, 17 clocks each; the ends of blocks do not,
 // where the results come 52 clocks after the last product and four tiles are stored: 80 clocks where nothing hides
