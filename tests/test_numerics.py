@@ -107,6 +107,56 @@ def test_values_near_the_end_of_float32(arrays, scale):
         assert float(abs(out - arrays.float64(clean)).max()) < 1e-5
 
 
+@pytest.mark.parametrize("score", [6000.0, 20000.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_beyond_fixed_point(arrays, score, causal):
+    """On tile registers weights in bfloat16 come from whole numbers, which the exponents of these scores are beyond, in
+    both directions."""
+    needs(arrays, "bfloat16")
+    if arrays.device != "cpu":
+        pytest.skip("for the CPU")
+    tensors = arrays.qkv(1, 130, 500, 4, 2, 64, "bfloat16", int(score), score)
+    out, lse = flashcore.attention(*tensors, return_lse=True, causal=causal)
+    assert_attention(arrays, out, lse, *tensors, Options(causal=causal))
+
+
+@pytest.mark.parametrize("power", [58, 62, 110])
+def test_queries_and_keys_of_far_magnitudes(arrays, power):
+    """Queries and keys near opposite ends of bfloat16's range, whose scores are as always."""
+    needs(arrays, "bfloat16")
+    if arrays.device != "cpu":
+        pytest.skip("for the CPU")
+    query, key, value = arrays.qkv(1, 100, 300, 4, 2, 64, "bfloat16", power)
+    for q, k in ((query * 2.0**power, key * 2.0**-power), (query * 2.0**-power, key * 2.0**power)):
+        out, lse = flashcore.attention(q, k, value, return_lse=True)
+        assert_attention(arrays, out, lse, q, k, value)
+
+
+@pytest.mark.parametrize("power", [-110, -70, -50, 90, 110])
+def test_values_of_far_magnitudes(arrays, power):
+    """Values that are all small or all large, in bfloat16."""
+    needs(arrays, "bfloat16")
+    if arrays.device != "cpu":
+        pytest.skip("for the CPU")
+    query, key, value = arrays.qkv(1, 100, 300, 4, 2, 64, "bfloat16", power + 200)
+    out, lse = flashcore.attention(query, key, value * 2.0**power, return_lse=True)
+    assert_attention(arrays, out * 2.0**-power, lse, query, key, value)
+
+
+@pytest.mark.parametrize("seqlen_q", [7, 300])
+def test_hidden_keys_have_no_weight(arrays, seqlen_q):
+    """A value that a row does not see is not in its result, however large: exactly no weight, in any dtype."""
+    for dtype in arrays.dtypes:
+        query, key, value = arrays.qkv(1, seqlen_q, 300, 2, 2, 64, dtype, 47)
+        huge = arrays.copy(value)
+        huge[:, 300 - seqlen_q // 2 :] = 3e4
+        options = {"window": (40, 0)}
+        clean = arrays.copy(flashcore.attention(query, key, value, **options))
+        out = arrays.copy(flashcore.attention(query, key, huge, **options))
+        rows = seqlen_q - seqlen_q // 2
+        assert arrays.same_bits(out[:, :rows], clean[:, :rows]), dtype
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinite_keys_and_values(arrays, dtype):
     """A key whose scores are all -inf has no weight, and the keys beside it keep theirs; an infinite value that a

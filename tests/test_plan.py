@@ -131,6 +131,17 @@ def test_cpu_tiles(device):
     assert chosen == sorted(chosen, reverse=True) and set(chosen) <= {192, 384, 768} and chosen[-1] == 192
 
 
+def test_cpu_tiles_of_whole_heads(device):
+    """Heads of one tile each do not differ, whatever the mask: four for each thread are an even load."""
+    before = flashcore.get_num_threads()
+    try:
+        flashcore.set_num_threads(2)
+        for heads, tiles in ((8, 8), (16, 16), (4, 12)):
+            assert shape_plan("cpu", (1, 512, heads, 64), causal=True).tiles == tiles
+    finally:
+        flashcore.set_num_threads(before)
+
+
 def test_same_question_same_answer(gpu):
     """A pure function of values; plans compare by value and are hashable, their text tells them apart."""
     for backend in (None, *forced(gpu)):

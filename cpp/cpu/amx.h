@@ -88,8 +88,27 @@ struct Term {
 // large or too small for their parts.
 enum Unfit : unsigned { infinite = 1, out_of_range = 2 };
 
-// How elements are parts of bfloat16: split() 32 elements, `present` of them (then zeros), to a vector for each part,
-// and tells what is unfit among them; split_weights() those of a panel; join() makes elements of results.
+struct SeenUnfit {
+  unsigned unfit = 0;
+};
+
+// The largest magnitude among bfloat16, which NaN and infinity pass.
+struct Largest {
+  __m512i magnitude = _mm512_setzero_si512();
+
+  FLASHCORE_HD void see(__m512i bits) {
+    magnitude = _mm512_max_epu16(magnitude, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
+  }
+  bool none_but_zeros() const { return _mm512_test_epi16_mask(magnitude, magnitude) == 0; }
+  // Whether one of them is 2^exponent or more.
+  FLASHCORE_HD bool reaches(int exponent) const {
+    return _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(static_cast<int16_t>((exponent + 127) << 7))) != 0;
+  }
+};
+
+// How elements are parts of bfloat16: split() 32 elements, those of the mask (the others are zeros), to a vector for
+// each part, and `seen` takes in what is unfit among them; split_weights() those of a panel; join() makes elements of
+// results. Where `fixed_point`, weights are mostly made by FixedPoint.
 template <typename T>
 struct Parts;
 
@@ -172,37 +191,29 @@ template <>
 struct Parts<BFloat> {
   static constexpr int count = 1;
   static constexpr float exp2_terms[] = {0.99992806f, 0.69326097f, 0.24261113f, 0.05517167f};  // to 7.5e-5
-  static constexpr bool rounds_weights = true, exact_at_reference = false;
+  static constexpr bool fixed_point = true, exact_at_reference = false;
   static constexpr Term scores[] = {{0, 0}};
   static constexpr Term outputs[] = {{0, 0}};
+  using Seen = Largest;
 
-  template <Order order>
-  FLASHCORE_HD static unsigned split(const BFloat* from, int present, __m512i (&to)[count]) {
-    to[0] = _mm512_maskz_loadu_epi16(mask_of(present), from);
-    if constexpr (order == Order::any) return 0;  // keys and queries
-    __m512i const magnitude = _mm512_and_si512(to[0], _mm512_set1_epi16(0x7fff));
-    return _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(0x7180)) != 0 ? out_of_range : Unfit{};  // 2^100
+  template <Order>
+  FLASHCORE_HD static void split(const BFloat* from, __mmask32 present, __m512i (&to)[count], Seen& seen) {
+    to[0] = _mm512_maskz_loadu_epi16(present, from);
+    seen.see(to[0]);
   }
-  FLASHCORE_HD static __m512 split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
-    __m512 const first = nearest_bfloat(low), second = nearest_bfloat(high);
-    to[0] = upper_halves(first, second);
-    return _mm512_add_ps(first, second);
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+    auto const upper = [](__m512 x) { return _mm512_srli_epi32(_mm512_castps_si512(nearest_bfloat(x)), 16); };
+    to[0] = _mm512_packus_epi32(upper(low), upper(high));
   }
-  // 32 columns of an output row times `factor`, as they lie in tiles (in_order()): to the nearest, halves to even,
-  // subnormals as they are (the processor's own conversion takes them for 0). NaN stays NaN: those of operations and of
-  // bfloat16 have zeros in the half that falls off.
+  // 32 columns of an output row times `factor`, as they lie in tiles (in_order()).
   FLASHCORE_HD static void join(__m512 first, __m512 second, __m512 factor, BFloat* to, __mmask32 present) {
-    // Of each eight columns packing puts the lower four beside the upper four.
-    __m512i const packed =
-        _mm512_packus_epi32(rounded(_mm512_mul_ps(first, factor)), rounded(_mm512_mul_ps(second, factor)));
-    _mm512_mask_storeu_epi16(to, present, packed);
-  }
-
- private:
-  FLASHCORE_HD static __m512i rounded(__m512 x) {
-    __m512i const bits = _mm512_castps_si512(x);
-    __m512i const last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))), 16);
+    __m512i const both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(second, factor), _mm512_mul_ps(first, factor));
+    __m512i const in_order = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), both);
+    if (present == mask_of(32)) {
+      _mm512_storeu_si512(to, in_order);
+    } else {
+      _mm512_mask_storeu_epi16(to, present, in_order);
+    }
   }
 };
 
@@ -212,25 +223,25 @@ template <>
 struct Parts<Half> {
   static constexpr int count = 2;
   static constexpr float exp2_terms[] = {1.0f, 6.93124175e-1f, 2.40240991e-1f, 5.59064262e-2f, 9.58285294e-3f};
-  static constexpr bool rounds_weights = false, exact_at_reference = false;
+  static constexpr bool fixed_point = false, exact_at_reference = false;
   static constexpr Term scores[] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}};
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
+  using Seen = SeenUnfit;
 
   template <Order order>
-  FLASHCORE_HD static unsigned split(const Half* from, int present, __m512i (&to)[count]) {
-    __m512i const bits = _mm512_maskz_loadu_epi16(mask_of(present), from);
+  FLASHCORE_HD static void split(const Half* from, __mmask32 present, __m512i (&to)[count], Seen& seen) {
+    __m512i const bits = _mm512_maskz_loadu_epi16(present, from);
     __m512 const low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
     __m512 const high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
     to[0] = both_of<order>(first_low, first_high);
     to[1] = both_of<order>(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
     __m512i const magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
-    return _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0 ? infinite : Unfit{};
+    if (_mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0) seen.unfit |= infinite;
   }
-  FLASHCORE_HD static __m512 split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     to[0] = upper_halves(low, high);
     to[1] = upper_halves(rest_of(low), rest_of(high));
-    return _mm512_add_ps(low, high);
   }
   FLASHCORE_HD static void join(__m512 first, __m512 second, __m512 factor, Half* to, __mmask32 present) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -249,17 +260,18 @@ struct Parts<float> {
   static constexpr int count = 3;
   static constexpr float exp2_terms[] = {1.0f,           6.93147203e-1f, 2.40226479e-1f, 5.55033247e-2f,
                                          9.61843736e-3f, 1.33988746e-3f, 1.5353362e-4f};
-  static constexpr bool rounds_weights = false, exact_at_reference = true;
+  static constexpr bool fixed_point = false, exact_at_reference = true;
   static constexpr Term scores[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
   static constexpr Term outputs[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
 
+  using Seen = SeenUnfit;
+
   template <Order order>
-  FLASHCORE_HD static unsigned split(const float* from, int present, __m512i (&to)[count]) {
-    __mmask32 const mask = mask_of(present);
-    __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
-    __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + tile_columns);
+  FLASHCORE_HD static void split(const float* from, __mmask32 present, __m512i (&to)[count], Seen& seen) {
+    __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present), from);
+    __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present >> 16), from + tile_columns);
     split<order>(low, high, to);
-    return unfit(low) | unfit(high);
+    seen.unfit |= unfit(low) | unfit(high);
   }
   template <Order order>
   FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) {
@@ -270,12 +282,11 @@ struct Parts<float> {
     to[1] = both_of<order>(second_low, second_high);
     to[2] = both_of<order>(_mm512_sub_ps(rest_low, second_low), _mm512_sub_ps(rest_high, second_high));
   }
-  FLASHCORE_HD static __m512 split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
+  FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     __m512 const rest_low = rest_of(low), rest_high = rest_of(high);
     to[0] = upper_halves(low, high);
     to[1] = upper_halves(rest_low, rest_high);
     to[2] = upper_halves(rest_of(rest_low), rest_of(rest_high));
-    return _mm512_add_ps(low, high);
   }
   FLASHCORE_HD static void join(__m512 first, __m512 second, __m512 factor, float* to, __mmask32 present) {
     __m512 x[2];
@@ -299,38 +310,106 @@ struct Parts<float> {
   }
 };
 
-// The exponents of weights. `offset` is offset_for() the row's reference. Where they must be exactly 0 for the
-// reference itself, the difference comes first; else one instruction does both.
+// Weights in bfloat16 by whole numbers: ten instructions for 32 of them, where the polynomial and the rounding take 24.
+// A weight is 2^(x - 24) for an exponent x relative to the row's reference, so that weights of up to 2^24 times the
+// reference's are below 1. The score times 512 / ln 2 and so on, in one multiply-add with fixed_point_offset(), is a
+// float whose last bit is 2^-9; less the bits of `fixed_point_zero` it is a whole number: seven bits of exponent, of
+// which the reference's is 103 = 127 - 24, and nine of a fraction f. 2^f - 1 is f less a correction of up to 0.086,
+// from a table by f's upper six bits (to 0.3%, of the rounding's 0.4%), and the upper seven bits of what remains are
+// bfloat16's fraction. What is below 2^-103 times the reference's is 0; what is too large is 65535 and so above
+// `largest_weight`. NaN may be 0: where scores may be, the weights are made by the polynomial.
+constexpr int fixed_point_exponent = 24;
+constexpr float fixed_point_scale = 512.0f;
+constexpr float fixed_point_one = 12582912.0f;  // 1.5 · 2^23
+constexpr int32_t fixed_point_zero = 0x4b400000;
+constexpr uint16_t largest_weight = 127 << 7;  // bits of 1
+
+// What the multiply-add adds, for a reference whose exponent is not yet relative to itself: half a unit of bfloat16's
+// last place in it, which rounds.
+FLASHCORE_HD float fixed_point_offset(float exponent_of_reference) {
+  return (127 - fixed_point_exponent) * fixed_point_scale + 2.0f + fixed_point_one -
+         exponent_of_reference * fixed_point_scale;
+}
+
+// 512 (1 + f - 2^f) for the upper six bits of f (without the rounding's 2 / 512). The first, 1, is 0: so 0 stays 0.
+alignas(64) constexpr uint8_t fixed_point_corrections[64] = {
+    0,  3,  5,  8,  10, 12, 14, 16, 18, 20, 22, 24, 25, 27, 28, 30, 31, 33, 34, 35, 36, 37,
+    38, 39, 40, 41, 42, 42, 43, 43, 43, 44, 44, 44, 44, 44, 44, 44, 43, 43, 42, 42, 41, 40,
+    39, 38, 37, 36, 35, 33, 32, 30, 28, 27, 25, 23, 21, 18, 16, 14, 11, 8,  5,  2};
+
+// What FixedPoint needs, in registers: the compiler would make some of it anew each time, by the unit that
+// permutes.
+struct FixedPoint {
+  __m512i zero = _mm512_set1_epi32(fixed_point_zero);
+  __m512i corrections = _mm512_load_si512(fixed_point_corrections);
+  __m512 scale;  // 512 times the scores' factor
+  __mmask64 low_bytes = 0x5555555555555555u;
+
+  FLASHCORE_HD explicit FixedPoint(float factor) : scale(_mm512_set1_ps(factor * fixed_point_scale)) {
+    asm("" : "+v"(zero), "+v"(corrections), "+v"(scale), "+k"(low_bytes));
+  }
+
+  // Of 32 scores, in the order of first_of_pair().
+  FLASHCORE_HD __m512i weights(__m512 low, __m512 high, __m512 offset) const {
+    __m512i const first = _mm512_castps_si512(_mm512_fmadd_ps(low, scale, offset));
+    __m512i const second = _mm512_castps_si512(_mm512_fmadd_ps(high, scale, offset));
+    __m512i const x = _mm512_packus_epi32(_mm512_sub_epi32(first, zero), _mm512_sub_epi32(second, zero));
+    __m512i const correction = _mm512_maskz_permutexvar_epi8(low_bytes, _mm512_srli_epi16(x, 3), corrections);
+    return _mm512_srli_epi16(_mm512_sub_epi16(x, correction), 2);
+  }
+};
+
+// The exponents of weights, those of the polynomial. `offset` is offset_for() the row's reference. Where they must be
+// exactly 0 for the reference itself, the difference comes first; else one instruction does both.
 template <typename T>
 FLASHCORE_HD float offset_for(float reference, float factor) {
-  if (reference == minus_infinity()) return 0.0f;
+  if (reference == minus_infinity()) reference = 0.0f;
+  if constexpr (Parts<T>::fixed_point) return fixed_point_offset(reference * factor);
   return Parts<T>::exact_at_reference ? reference : -(reference * factor);
+}
+// Of sixteen rows that have a reference.
+template <typename T>
+FLASHCORE_HD Vec offsets_for(Vec references, float factor) {
+  if constexpr (Parts<T>::fixed_point)
+    return splat(fixed_point_offset(0.0f)) - references * splat(factor) * splat(512.0f);
+  return Parts<T>::exact_at_reference ? references : references * splat(-factor);
 }
 template <typename T>
 FLASHCORE_HD Vec exponents(Vec scores, float factor, float offset) {
-  if constexpr (Parts<T>::exact_at_reference) {
+  if constexpr (Parts<T>::fixed_point) {
+    return scores * splat(factor) +
+           splat((offset - fixed_point_offset(0.0f)) / fixed_point_scale - fixed_point_exponent);
+  } else if constexpr (Parts<T>::exact_at_reference) {
     return (scores - splat(offset)) * splat(factor);
   } else {
     return scores * splat(factor) + splat(offset);
   }
 }
 
-// Weights as the second product's left operand, [32 keys][part][2 tiles of 16 rows]; side by side the keys i and 16 +
-// i.
+// Weights as the second product's left operand, [32 keys][part][2 tiles of 16 rows]; side by side the keys of
+// first_of_pair().
 template <typename T>
 struct TileAtom {
   static constexpr int parts = Parts<T>::count;
   static constexpr int step_floats = parts * 2 * tile_bytes / 4;  // weights of 32 keys
 
-  // Of a row and 32 keys, at `to`. Returns what they add to the row's sum.
-  FLASHCORE_HD static Vec store_weights(float* to, const Vec (&weights)[2]) {
+  // Of a row and 32 keys, at `to`.
+  FLASHCORE_HD static void store_weights(float* to, const Vec (&weights)[2]) {
     __m512i part[parts];
-    __m512 const sum = Parts<T>::split_weights((__m512)weights[0], (__m512)weights[1], part);
+    Parts<T>::split_weights((__m512)weights[0], (__m512)weights[1], part);
 #pragma GCC unroll 3
     for (int i = 0; i < parts; ++i) _mm512_storeu_si512(to + i * 2 * tile_floats, part[i]);
-    return (Vec)sum;
   }
 };
+
+// A tile of ones.
+struct OnesTile {
+  alignas(64) uint16_t elements[tile_elements];
+  constexpr OnesTile() : elements() {
+    for (uint16_t& x : elements) x = 127 << 7;
+  }
+};
+constexpr OnesTile ones_tile;
 
 // One step of the inner dimension for a block of the result, tiles 0 to 3: terms [n, count) of `terms`, the left
 // operand's parts in tiles 4 and 5, the right one's in 6 and 7. begin(c) stands before the first product of tile c.
@@ -411,6 +490,44 @@ class TileBlocks {
     }
     for (int s = 1; s < steps; ++s) {
       tile_step<terms, row_tiles>(l + s * stride, r + s * stride, [](auto) __attribute__((always_inline)) {}, beside);
+    }
+    to_ = to;
+  }
+
+  // result = start + sums over the inner dimension of `left`, 32 rows as for multiply() in one part: every column of
+  // the first tiles (0 and 2) has those of even steps, of the second ones of odd steps.
+  template <typename Beside>
+  FLASHCORE_HD void sum(const uint16_t* left, int steps, const float* start, float* to, Beside& beside) {
+    store(Constant<0>{});
+    store(Constant<1>{});
+    store(Constant<2>{});
+    store(Constant<3>{});
+    if (start) {
+      tile_load<0>(start + place_in_block(0));
+      tile_load<1>(start + place_in_block(1));
+      tile_load<2>(start + place_in_block(2));
+      tile_load<3>(start + place_in_block(3));
+    } else {
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
+    }
+    tile_load<6>(ones_tile.elements);
+    for (int s = 0; s < steps; s += 2, left += 4 * tile_elements) {
+      tile_load<4>(left);
+      tile_multiply_add<0, 4, 6>();
+      beside();
+      tile_load<5>(left + tile_elements);
+      tile_multiply_add<2, 5, 6>();
+      beside();
+      if (s + 1 == steps) break;
+      tile_load<4>(left + 2 * tile_elements);
+      tile_multiply_add<1, 4, 6>();
+      beside();
+      tile_load<5>(left + 3 * tile_elements);
+      tile_multiply_add<3, 5, 6>();
+      beside();
     }
     to_ = to;
   }

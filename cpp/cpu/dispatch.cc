@@ -91,8 +91,9 @@ bool system_saves(uint32_t parts) {
 // uses them, and larger signal stacks: the system refuses where an alternate one in use is too small).
 [[maybe_unused]] bool has_avx512amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-  if (!has_avx512bf16() || !has(cpuid(7, 0).edx, amx_bf16 | amx_tile) || !system_saves(0x60000)) return false;
+  constexpr uint32_t vbmi = 1u << 1, amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (!has_avx512bf16() || !has(cpuid(7, 0).ecx, vbmi) || !has(cpuid(7, 0).edx, amx_bf16 | amx_tile)) return false;
+  if (!system_saves(0x60000)) return false;
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else

@@ -4,14 +4,23 @@
 //
 // A row's weights are relative to a reference that stays, the largest of the first 32 scores that it sees: bfloat16 has
 // exponents enough, and no later unit must look for its maxima first. Only rows of which a pass makes weights too large
-// have a new reference, and those weights once more. The sums are those of the weights as the products take them:
-// in bfloat16 the largest weight is rounded too, and its error cancels.
+// have a new reference, and those weights once more. In bfloat16 the sums are those of the weights as the products take
+// them, and products make them: the largest weight is rounded too, and its error cancels.
 //
-// What bounds it (Xeon with AMX, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128, 512 keys):
-// 13.5 / 19.5 in all, of which packing and the rest outside of the pipeline take 2.8 / 4, the products alone 4.5 / 9
-// (4 / 8 at their peak), the weights alone 6 (of which half are multiply-adds, that run at half rate beside products).
-// Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not, which is why
-// keys and values are loaded past it (15.6 / 24 clocks before); they are 2 x 20 clocks beside four products' 64.
+// What bounds it (Xeon with AMX at 2.9 GHz, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128,
+// 512 keys): 10.0 / 16.4 in all (13.6 / 19.7 with weights by the polynomial and sums by vectors), of which what is
+// outside of the pipeline takes 2 / 3, the weights alone 2.5 (5.7), and the products 4.5 / 8.5 at their peak. Measured
+// apart, products with their loads and the weights beside them keep to it, 17 clocks each; the ends of blocks do not,
+// where the results come 52 clocks after the last product and four tiles are stored: 80 clocks where nothing hides
+// them. Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not, which
+// is why keys and values are loaded past it (15.6 / 24 clocks before) and scores have two units' memory, not three (6%
+// more).
+//
+// Tried without gain: the next tile's rows fetched beside the products (5% faster at 64, 15% slower at 128: lines from
+// the last level hold what the loads of keys and values need), results' lines fetched for writing (4 to 8% slower),
+// loads before stores where a block begins, weights of two passes in a ring of 22 KiB, not 32, passes of 64 to 192
+// keys, a block of rows written as soon as it is finished (up to 7% slower), float16's scores without the products of
+// second parts where those are negligible (0 to 7% faster at 128, 3 to 6% slower at 64).
 #pragma once
 
 #include "cpu/amx.h"
@@ -27,19 +36,27 @@ struct ForwardTiles : TileRows<T, Score> {
   using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
   static constexpr int parts = Atom::parts;
   // Keys of a tile here: storing a block of outputs and loading it again takes as long as its products with 64 keys, so
-  // that there should be many. Packed they pass through the second-level cache.
-  static constexpr int keys_of_tile = 256;
+  // that there should be many. Packed they pass through the second-level cache. In float16 up to head dimension 64 half
+  // as many are 4% faster (two passes' weights come to 32 KiB), above it they are slower.
+  static constexpr int most_keys_of_tile = 256;
   static constexpr int step_elements = parts * 2 * tile_elements;  // of a packed block, in a step
   static constexpr int unit_floats = block_floats;                 // scores of a unit
   static constexpr float largest_sum = 0x1p24f;                    // of a pass: above it a row has a new reference
-  static constexpr int weight_floats = keys_of_tile / tile_depth * Atom::step_floats;
-  static_assert(tile_q % amx_block == 0 && keys_of_tile % amx_block == 0 && amx_block == tile_depth);
+  static constexpr bool fixed_point = Parts<T>::fixed_point;       // so are weights made, and products sum them
+  static constexpr int weight_floats = most_keys_of_tile / tile_depth * Atom::step_floats;
+  static_assert(tile_q % amx_block == 0 && most_keys_of_tile % amx_block == 0 && amx_block == tile_depth);
+
+  // Where `fixed_point`: queries and keys below 2^59 make finite scores; products of values from 2^100 on may overflow,
+  // and those of tiles of values below 2^-60, of which tile registers take what is subnormal for 0, may vanish.
+  static constexpr int wide_from = 59, values_from = -60, values_up_to = 100;
 
   // A block of rows with a packed tile of keys, of which it takes in units of 32 keys those that some row sees.
   struct Pass {
     int block, first_key, held;
     Span span;
+    Span seen_by_all;  // keys of the sequence
     bool two_tiles;
+    uint32_t wide = 0;  // rows that have their weights by the polynomial, if `fixed_point`
     float* weights;
     bool rescales = false;   // the outputs so far,
     float ratio[amx_block];  // by this
@@ -48,20 +65,26 @@ struct ForwardTiles : TileRows<T, Score> {
     int units() const { return (span.end - span.begin) / amx_block; }
   };
 
+  int keys_of_tile;
   int steps;            // of the head dimension
   int columns;          // head_dim in whole blocks
+  int blocks;           // of 32 columns of outputs, the sums of the weights among them
   int packed_elements;  // of a packed tile of keys, or of values
   int held_tiles;       // tiles of keys that are packed at a time
   uint16_t* queries;    // [block of 32 rows][step][part][2 tiles]
   uint16_t* keys;       // [tile][32 keys][step][part][2 tiles]
   uint16_t* values;     // [tile][32 columns][32 keys][part][2 tiles]
-  float* out;           // [block of 32 rows] of `columns`
-  float* scores;        // of four units: three in turn, and one to compute again
+  float* out;           // [block of 32 rows][block of 32 columns], the last one sums of the weights if `fixed_point`
+  float* scores;        // of three units: two in turn, and one to compute again
   float* weights;       // of two passes
   T* gathered;          // [keys_of_tile][head_dim]: rows that lie in pages
   RowStates<tile_q> state;
-  float exact_sum[tile_q];         // of the weights before they are rounded
-  float offset[tile_q];            // what is added in the exponent: -factor times the row's reference (state.max)
+  float exact_sum[tile_q];     // of the weights before they are rounded
+  float offset[tile_q];        // offset_for() the row's reference (state.max)
+  float exact_offset[tile_q];  // -factor times the reference
+  // Of each block the rows of which scores may be NaN, and held tiles of keys.
+  uint32_t wide_queries[tile_q / amx_block];
+  bool wide_keys[packed_bytes / (4 * most_keys_of_tile * tile_depth)];
   bool fresh[tile_q / amx_block];  // blocks that have no output yet
   int settled_block = -1;          // all of whose rows have a reference
   float unseen;                    // the score of a key that a row does not see
@@ -87,7 +110,9 @@ struct ForwardTiles : TileRows<T, Score> {
       : Base(p, t),
         steps(ceil_div(p.head_dim, tile_depth)),
         columns(ceil_div(p.head_dim, amx_block) * amx_block),
+        blocks(columns / amx_block + (fixed_point ? 1 : 0)),
         products(nullptr) {
+    keys_of_tile = parts == 2 && p.head_dim <= 64 ? 128 : most_keys_of_tile;
     packed_elements = keys_of_tile * steps * tile_depth * parts;
     held_tiles = max_of(1, packed_bytes / (2 * 2 * packed_elements));
     float* at = scratch;
@@ -99,35 +124,53 @@ struct ForwardTiles : TileRows<T, Score> {
     keys = reinterpret_cast<uint16_t*>(take(held_tiles * packed_elements / 2));
     values = reinterpret_cast<uint16_t*>(take(held_tiles * packed_elements / 2));
     queries = reinterpret_cast<uint16_t*>(take(tile_q * max_head_dim * parts / 2));
-    out = take(tile_q * max_head_dim);
-    scores = take(4 * unit_floats);
+    out = take(tile_q * (max_head_dim + amx_block));
+    scores = take(3 * unit_floats);
     weights = take(2 * weight_floats);
-    products = TileBlocks(scores + 3 * unit_floats);
+    products = TileBlocks(scores + 2 * unit_floats);
     gathered = reinterpret_cast<T*>(at);
-    constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * max_head_dim + 4 * unit_floats +
-                               2 * weight_floats + keys_of_tile * max_head_dim;
+    constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * (max_head_dim + amx_block) +
+                               3 * unit_floats + 2 * weight_floats + most_keys_of_tile * max_head_dim;
     static_assert(floats + packed_bytes / 4 <= scratch_floats &&
-                  4 * keys_of_tile * max_head_dim * parts <= packed_bytes);
+                  4 * most_keys_of_tile * max_head_dim * parts <= packed_bytes);
   }
 
   // The weights of a unit, `each` rows at a call. All that it needs is in itself: products are said to change memory,
   // and what lies there would be read again after each.
   struct Beside {
-    float factor = 0.0f;
+    float factor;
     const float* s = nullptr;
     const float* offset = nullptr;
+    const float* exact_offset = nullptr;
     float* w = nullptr;
     float* sums = nullptr;
     float* exact = nullptr;  // or null
     int64_t row = 0, rows = 0;
     int each = 0;  // rows of a call
+    bool slowly = false;
+    uint32_t wide = 0;
+    __m512i largest = _mm512_setzero_si512();  // of a pass, lane by lane, if `fixed_point`
+    FixedPoint const fixed;
 
+    FLASHCORE_HD explicit Beside(float factor_of_scores) : factor(factor_of_scores), fixed(factor_of_scores) {}
+
+    // Without a loop for 1, 2 and 4 rows: its end would be hard to foretell.
     FLASHCORE_HD void operator()() {
-      for (int i = 0; i < each && row < rows; ++i) weigh();
+      if (row >= rows) return;
+      if (fixed_point && slowly) return rest_slowly(row + each);
+      weigh();
+      if (each == 1) return;
+      weigh();
+      if (each == 2) return;
+      weigh();
+      weigh();
+      for (int i = 4; i < each; ++i) weigh();
     }
     FLASHCORE_HD void rest() {
+      if (fixed_point && slowly) return rest_slowly(rows);
       while (row < rows) weigh();
     }
+
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     __attribute__((noinline))  // in a dozen places with checks GCC 12 takes minutes over it
 #else
@@ -135,17 +178,48 @@ struct ForwardTiles : TileRows<T, Score> {
 #endif
     void weigh() {
       int64_t const at = row * lanes;
-      Vec x[2] = {load(s + at), load(s + at + column_floats)};
-      for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
-      if (exact) {  // apart from the weights, which have the same bits whether or not the log-sum-exp is asked for
-        Vec y[2] = {x[0], x[1]};
-        exp2_in_range(Parts<Half>::exp2_terms, y);
-        store(exact + at, load(exact + at) + (y[0] + y[1]));
+      if constexpr (fixed_point) {
+        __m512i const weights =
+            fixed.weights((__m512)load(s + at), (__m512)load(s + at + column_floats), (__m512)splat(offset[row]));
+        largest = _mm512_max_epu16(largest, weights);
+        _mm512_storeu_si512(w + at, weights);
+      } else {
+        Vec x[2] = {load(s + at), load(s + at + column_floats)};
+        for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
+        exp2_in_range(Parts<T>::exp2_terms, x);
+        Atom::store_weights(w + at, x);
+        store(sums + at, load(sums + at) + (x[0] + x[1]));
       }
-      exp2_in_range(Parts<T>::exp2_terms, x);
-      Vec const sum = Atom::store_weights(w + at, x);
-      store(sums + at, load(sums + at) + sum);
       ++row;
+    }
+
+    FLASHCORE_HD void rest_slowly(int64_t end) {
+      if (row < end) largest = weigh_slowly(*this, end);
+      row = end;
+    }
+
+    // The same where rows are `wide`, or also exactly. Returns the largest weights. (A copy: the fields stay in
+    // registers.)
+    __attribute__((noinline)) static __m512i weigh_slowly(Beside b, int64_t end) {
+      for (int64_t at = b.row * lanes; b.row < end; ++b.row, at += lanes) {
+        Vec const scores[2] = {load(b.s + at), load(b.s + at + column_floats)};
+        if (b.wide >> b.row & 1) {
+          Vec x[2];
+          for (int i = 0; i < 2; ++i) x[i] = exponents<T>(scores[i], b.factor, b.offset[b.row]);
+          exp2_in_range(Parts<T>::exp2_terms, x);
+          Atom::store_weights(b.w + at, x);
+        } else {
+          _mm512_storeu_si512(b.w + at,
+                              b.fixed.weights((__m512)scores[0], (__m512)scores[1], (__m512)splat(b.offset[b.row])));
+        }
+        b.largest = _mm512_max_epu16(b.largest, _mm512_loadu_si512(b.w + at));
+        if (!b.exact) continue;
+        Vec y[2];
+        for (int i = 0; i < 2; ++i) y[i] = scores[i] * splat(b.factor) + splat(b.exact_offset[b.row]);
+        exp2_in_range(Parts<Half>::exp2_terms, y);
+        store(b.exact + at, load(b.exact + at) + (y[0] + y[1]));
+      }
+      return b.largest;
     }
   };
 
@@ -156,20 +230,30 @@ struct ForwardTiles : TileRows<T, Score> {
     TileRegisters const registers;
     KeyRange const range = mask.key_range(tile.q_begin, tile.q_begin + tile.queries, keys_of_tile);
     const T* const array = static_cast<const T*>(params.q.data);
-    // An infinite query makes NaN of its row, as it does without parts, and other rows keep their bits.
-    unsigned const unfit =
-        pack_tile_queries<T>([&](int row) { return array + offset_of(params.q, row); }, rows, params.head_dim, queries);
-    if (unfit & out_of_range) return false;
+    for (int block = 0; block * amx_block < rows; ++block) {
+      int const first = block * amx_block;
+      auto const seen = pack_tile_queries<T>([&](int row) { return array + offset_of(params.q, first + row); },
+                                             min_of(amx_block, rows - first), params.head_dim,
+                                             queries + block * steps * step_elements);
+      if constexpr (fixed_point) {
+        wide_queries[block] = seen.reaches(wide_from) ? wide_rows_of(block) : 0;
+      } else if (seen.unfit & out_of_range) {  // an infinite one makes NaN of its row, as it does without parts
+        return false;
+      }
+    }
     for (bool& block : fresh) block = true;
     clear_sums();
-    for (int row = 0; row < ceil_div(rows, amx_block) * amx_block; ++row) offset[row] = exact_sum[row] = 0.0f;
+    for (int row = 0; row < ceil_div(rows, amx_block) * amx_block; ++row) {
+      refer(row, minus_infinity());
+      exact_sum[row] = 0.0f;
+    }
     for (int t = range.begin; t < range.end; t += held_tiles) {
       int const end = min_of(t + held_tiles, range.end);
       for (int i = t; i < end; ++i) {
         if (!pack(i * keys_of_tile, i - t)) return false;
       }
       FlushedSubnormals const flushed;
-      Beside beside;
+      Beside beside(score.factor);
       for (int block = 0; block * amx_block < rows; ++block) {
         for (int i = t; i < end; ++i) pass(block, i * keys_of_tile, i - t, beside);
       }
@@ -177,6 +261,20 @@ struct ForwardTiles : TileRows<T, Score> {
     }
     write();
     return true;
+  }
+
+  // Rows of a block that have a query of which scores may be NaN. The others keep their bits.
+  uint32_t wide_rows_of(int block) const {
+    uint32_t which = 0;
+    for (int i = 0; i < amx_block && block * amx_block + i < rows; ++i) {
+      const T* const row = static_cast<const T*>(params.q.data) + offset_of(params.q, block * amx_block + i);
+      Largest largest;
+      for (int d = 0; d < params.head_dim; d += tile_depth) {
+        largest.see(_mm512_maskz_loadu_epi16(mask_of(params.head_dim - d), row + d));
+      }
+      which |= uint32_t{largest.reaches(wide_from)} << i;
+    }
+    return which;
   }
 
   // Filled up to whole blocks, of the tile that begins at first_key.
@@ -200,7 +298,14 @@ struct ForwardTiles : TileRows<T, Score> {
       }
       return pack_rows(from, stride, count, packed_keys(first_key), params.head_dim, to + held * packed_elements);
     };
-    return packed(params.k, pack_tile_keys<T>, keys) == 0 && packed(params.v, pack_tile_values<T>, values) == 0;
+    auto const seen_keys = packed(params.k, pack_tile_keys<T>, keys);
+    auto const seen_values = packed(params.v, pack_tile_values<T>, values);
+    if constexpr (fixed_point) {
+      wide_keys[held] = seen_keys.reaches(wide_from);
+      return seen_values.none_but_zeros() || (seen_values.reaches(values_from) && !seen_values.reaches(values_up_to));
+    } else {
+      return (seen_keys.unfit | seen_values.unfit) == 0;
+    }
   }
 
   // A block of rows with the packed tile of keys that begins at first_key. The work is a pipeline: products, which make
@@ -217,11 +322,13 @@ struct ForwardTiles : TileRows<T, Score> {
     next.first_key = first_key;
     next.held = held;
     next.span = {max_of(begin, 0) / amx_block * amx_block, min_of(ceil_div(end, amx_block) * amx_block, packed)};
+    next.seen_by_all = {mask.first_key(query_of(end_row)), mask.end_key(query_of(row))};
     next.two_tiles = rows - row > tile_rows;
+    if constexpr (fixed_point) next.wide = wide_keys[held] ? ~0u : wide_queries[block];
     next.weights = weights + last_pass % 2 * weight_floats;
     int const calls = steps * calls_of_step<Parts<T>::scores>;
     for (int i = 0; i < next.units(); ++i) {
-      last_slot = last_slot == 2 ? 0 : last_slot + 1;
+      last_slot = 1 - last_slot;
       float* const s = scores + last_slot * unit_floats;
       compute_scores(next, i, s, beside);
       outputs_until(advance(&next, i, s, calls, beside), beside);
@@ -233,7 +340,8 @@ struct ForwardTiles : TileRows<T, Score> {
   FLASHCORE_HD int advance(Pass* next, int index, float* next_scores, int calls, Beside& beside) {
     beside.rest();
     if (weighed.pass && weighed.index + 1 == weighed.pass->units()) {
-      complete(*weighed.pass);
+      complete(*weighed.pass, beside.largest);
+      beside.largest = _mm512_setzero_si512();
       made = weighed.pass;
       column = 0;
       turns = waiting.pass ? waiting.pass->units() : 1;
@@ -247,8 +355,11 @@ struct ForwardTiles : TileRows<T, Score> {
     if (weighed.pass) prepare(*weighed.pass, weighed.index, weighed.scores);
     int until = column;
     if (made) {
-      until += ceil_div(columns / amx_block - column, turns--);
-      calls += (until - column) * made->units() * calls_of_step<Parts<T>::outputs>;
+      until += blocks - column <= turns ? 1 : ceil_div(blocks - column, turns);
+      --turns;
+      bool const sums_too = fixed_point && until == blocks && column < until;
+      calls += (until - column - sums_too) * made->units() * calls_of_step<Parts<T>::outputs>;
+      if (sums_too) calls += 2 * made->units();
     }
     begin_weights(weighed, calls, beside);
     return until;
@@ -256,7 +367,7 @@ struct ForwardTiles : TileRows<T, Score> {
 
   FLASHCORE_HD void outputs_until(int end, auto& beside) {
     for (; column < end; ++column) outputs(*made, column, beside);
-    if (made && column == columns / amx_block) {
+    if (made && column == blocks) {
       fresh[made->block] = false;
       made = nullptr;
     }
@@ -276,33 +387,55 @@ struct ForwardTiles : TileRows<T, Score> {
     beside.row = beside.rows = 0;
     if (!unit.pass) return;
     Pass const& p = *unit.pass;
-    beside.factor = score.factor;
     beside.s = unit.scores;
     beside.offset = offset + p.block * amx_block;
+    beside.exact_offset = exact_offset + p.block * amx_block;
     beside.w = weights_at(p, unit.index);
     beside.sums = reinterpret_cast<float*>(sums);
     beside.exact = sums_exactly() ? reinterpret_cast<float*>(exact) : nullptr;
+    beside.wide = p.wide;
+    beside.slowly = p.wide != 0 || sums_exactly();
     beside.rows = p.height();
-    beside.each = ceil_div(p.height(), calls);
+    for (beside.each = 1; beside.each * calls < p.height();) beside.each *= 2;
   }
 
-  // The weights of a pass are there: takes in their sums.
-  void complete(Pass& p) {
+  // The weights of a pass are there, `largest` of them lane by lane: takes in their sums.
+  void complete(Pass& p, __m512i largest) {
     p.rescales = false;
+    bool const suspect = few() || _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(largest_weight)) != 0;
     for (int first = 0; first < p.height(); first += tile_rows) {
       int const row = p.block * amx_block + first;
-      uint32_t const above =
-          few() ? 0xffff : _mm512_cmp_ps_mask((__m512)total_of(sums + first), (__m512)splat(largest_sum), _CMP_NLE_UQ);
+      uint32_t above = few() ? 0xffff : 0;
+      if constexpr (fixed_point) {
+        if (suspect && !few()) above = too_large(p, first);
+      } else if (!few()) {
+        above = _mm512_cmp_ps_mask((__m512)total_of(sums + first), (__m512)splat(largest_sum), _CMP_NLE_UQ);
+      }
       if (above) raise(p, first, above);
-      store(state.sum + row, load(state.sum + row) + total_of(sums + first));
+      if constexpr (!fixed_point) store(state.sum + row, load(state.sum + row) + total_of(sums + first));
       if (sums_exactly()) store(exact_sum + row, load(exact_sum + row) + total_of(exact + first));
     }
     clear_sums();
   }
 
+  // Those of sixteen rows of a pass that have a weight above the largest.
+  uint32_t too_large(const Pass& p, int first) const {
+    uint32_t which = 0;
+    for (int i = 0; i < tile_rows; ++i) {
+      __m512i largest = _mm512_setzero_si512();
+      for (int unit = 0; unit < p.units(); ++unit) {
+        largest = _mm512_max_epu16(largest, _mm512_loadu_si512(weights_at(p, unit) + (first + i) * lanes));
+      }
+      if (_mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(largest_weight)) != 0) which |= 1u << i;
+    }
+    return which;
+  }
+
   void clear_sums() {
+    if constexpr (!fixed_point) {
 #pragma GCC unroll 32
-    for (Vec& sum : sums) sum = splat(0.0f);
+      for (Vec& sum : sums) sum = splat(0.0f);
+    }
     if (!sums_exactly()) return;
 #pragma GCC unroll 32
     for (Vec& sum : exact) sum = splat(0.0f);
@@ -317,12 +450,12 @@ struct ForwardTiles : TileRows<T, Score> {
   // as large in bfloat16, over many rows; over few that scatters.
   bool few() const { return tile.sequence.seqlen_q * tile.heads <= amx_block; }
 
-  bool sums_exactly() const { return Parts<T>::rounds_weights && params.lse; }
+  bool sums_exactly() const { return fixed_point && params.lse; }
 
   // Those of sixteen rows of a pass whose weights are too large or NaN have their largest score as the new reference,
   // and their weights once more.
   void raise(Pass& p, int first, uint32_t which) {
-    float* const s = scores + 3 * unit_floats;
+    float* const s = scores + 2 * unit_floats;
     auto const for_each = [&](auto row_of_unit) {
       for (int unit = 0; unit < p.units(); ++unit) {
         Nothing nothing;
@@ -346,29 +479,44 @@ struct ForwardTiles : TileRows<T, Score> {
     });
     for (int i = first; i < first + tile_rows; ++i) {
       if (!(which >> (i - first) & 1)) continue;
-      float const before = state.max[row + i];
+      float const before = state.max[row + i], offset_before = offset[row + i];
       if (most[i] > unseen) refer(row + i, most[i]);
-      p.ratio[i] = before == minus_infinity() ? 0.0f : lane_exp2((before - state.max[row + i]) * score.factor);
-      state.sum[row + i] *= p.ratio[i];
-      exact_sum[row + i] *= p.ratio[i];
+      float const ratio = before == minus_infinity() ? 0.0f : lane_exp2((before - state.max[row + i]) * score.factor);
+      p.ratio[i] = ratio;
+      if (fixed_point && !few() && ratio != 0.0f) {
+        p.ratio[i] = lane_exp2((offset[row + i] - offset_before) / fixed_point_scale);
+      }
+      state.sum[row + i] *= ratio;
+      exact_sum[row + i] *= ratio;
       sums[i] = exact[i] = splat(0.0f);
     }
     for_each([&](int unit, int i, const float* of_row) {
-      Vec x[2] = {load(of_row), load(of_row + column_floats)};
-      for (Vec& v : x) v = exponents<T>(v, score.factor, offset[row + i]);
+      Vec const s[2] = {load(of_row), load(of_row + column_floats)};
+      Vec x[2];
+      for (int j = 0; j < 2; ++j) x[j] = exponents<T>(s[j], score.factor, offset[row + i]);
+      if constexpr (fixed_point) {
+        Vec y[2];
+        for (int j = 0; j < 2; ++j) {
+          y[j] = s[j] * splat(score.factor) + splat(exact_offset[row + i]);
+          if (few()) x[j] = y[j] - splat(static_cast<float>(fixed_point_exponent));  // no other weights are beside them
+        }
+        exp2_of<true>(y);
+        exact[i] = exact[i] + (y[0] + y[1]);
+      }
       exp2_of<sizeof(T) == 2>(x);
-      exact[i] = exact[i] + (x[0] + x[1]);
-      sums[i] = sums[i] + Atom::store_weights(weights_at(p, unit) + i * lanes, x);
+      Atom::store_weights(weights_at(p, unit) + i * lanes, x);
+      if constexpr (!fixed_point) sums[i] = sums[i] + (x[0] + x[1]);
     });
   }
 
-  // A row's weights are 2^(factor · (s - reference)) from here on.
+  // A row's weights are 2^(factor · (s - reference)) from here on; where `fixed_point` 2^-24 times that.
   void refer(int row, float reference) {
     state.max[row] = reference;
     offset[row] = offset_for<T>(reference, score.factor);
+    exact_offset[row] = reference == minus_infinity() ? 0.0f : -(reference * score.factor);
   }
 
-  // The outputs of a block in 32 columns, the c-th, with what a pass makes of the values.
+  // The outputs of a block in 32 columns, the c-th, with what a pass makes of the values; or the sums of its weights.
   FLASHCORE_HD void outputs(const Pass& p, int c, auto& beside) {
     float* const to = out_of(p.block) + c * 2 * column_floats;
     bool const none = fresh[p.block];
@@ -376,11 +524,12 @@ struct ForwardTiles : TileRows<T, Score> {
       products.finish();
       rescale(p, to);
     }
+    const uint16_t* const left = reinterpret_cast<const uint16_t*>(p.weights);
+    const float* const start = none ? nullptr : to;
+    if (fixed_point && c == blocks - 1) return products.sum(left, p.units(), start, to, beside);
     int const packed_steps = packed_keys(p.first_key) / tile_depth;
     const uint16_t* const right =
         values + p.held * packed_elements + (c * packed_steps + p.span.begin / tile_depth) * step_elements;
-    const uint16_t* const left = reinterpret_cast<const uint16_t*>(p.weights);
-    const float* const start = none ? nullptr : to;
     if (p.two_tiles) {
       products.template multiply<Parts<T>::outputs, parts, 2>(left, right, p.units(), start, to, beside);
     } else {
@@ -411,7 +560,7 @@ struct ForwardTiles : TileRows<T, Score> {
     }
   }
 
-  float* out_of(int block) const { return out + block * amx_block * columns; }
+  float* out_of(int block) const { return out + block * blocks * block_floats; }
 
   // What must be before the scores of a unit become weights.
   void prepare(const Pass& p, int unit, float* s) {
@@ -430,8 +579,7 @@ struct ForwardTiles : TileRows<T, Score> {
       }
     }
     int const row = p.block * amx_block, key = p.first_key + p.span.begin + unit * amx_block;
-    int const end_row = min_of(row + amx_block, rows) - 1;
-    if (mask.first_key(query_of(end_row)) <= key && mask.end_key(query_of(row)) >= key + amx_block) return;
+    if (p.seen_by_all.begin <= key && p.seen_by_all.end >= key + amx_block) return;
     __m512 const nothing = _mm512_set1_ps(unseen);
     for (int i = 0; i < p.height(); ++i) {
       int const query = query_of(min_of(row + i, rows - 1));
@@ -445,38 +593,62 @@ struct ForwardTiles : TileRows<T, Score> {
   // Rows without a reference take the largest of a unit's scores, if they see one.
   void settle(const Pass& p, const float* s) {
     settled_block = p.block;
-    for (int i = 0; i < p.height(); ++i) {
-      int const row = p.block * amx_block + i;
-      if (state.max[row] != minus_infinity()) continue;
-      Vec const most = larger(load(s + i * lanes), larger(load(s + column_floats + i * lanes), splat(unseen)));
-      float const reference = max_across(most);
-      if (reference > unseen) {
-        refer(row, reference);
-      } else {
-        settled_block = -1;
+    for (int first = 0; first < p.height(); first += tile_rows) {
+      int const row = p.block * amx_block + first;
+      __m512 const before = (__m512)load(state.max + row);
+      __mmask16 const open = _mm512_cmp_ps_mask(before, _mm512_set1_ps(minus_infinity()), _CMP_EQ_OQ);
+      if (open == 0) continue;
+      Vec v[sixteen];
+#pragma GCC unroll 16
+      for (int i = 0; i < sixteen; ++i) {
+        const float* const at = s + (first + i) * lanes;
+        v[i] = larger(load(at), larger(load(at + column_floats), splat(unseen)));
       }
+      __m512 const most = (__m512)across_each(v, [](Vec x, Vec y) { return larger(x, y); });
+      __mmask16 const settles = _mm512_mask_cmp_ps_mask(open, most, _mm512_set1_ps(unseen), _CMP_GT_OQ);
+      if (settles != open) settled_block = -1;
+      _mm512_mask_storeu_ps(state.max + row, settles, most);
+      _mm512_mask_storeu_ps(offset + row, settles, (__m512)offsets_for<T>((Vec)most, score.factor));
+      _mm512_mask_storeu_ps(exact_offset + row, settles, (__m512)((Vec)most * splat(-score.factor)));
+    }
+  }
+
+  // The sums of the weights of sixteen rows.
+  Vec sums_of_rows(int row) const {
+    if constexpr (fixed_point) {
+      if (fresh[row / amx_block]) return splat(0.0f);
+      const float* const at = out_of(row / amx_block) + (blocks - 1) * block_floats + row % amx_block * lanes;
+      __m512i const rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                              _mm512_set1_epi32(lanes));
+      return (Vec)_mm512_add_ps(_mm512_i32gather_ps(rows, at, 4), _mm512_i32gather_ps(rows, at + column_floats, 4));
+    } else {
+      return load(state.sum + row);
     }
   }
 
   void write() const {
+    __mmask32 const all = mask_of(amx_block), present = mask_of(params.head_dim - (columns - amx_block));
     for (int row = 0; row < rows; row += tile_rows) {
-      Vec const zero = splat(0.0f), sum = load(state.sum + row);
-      float inverse[tile_rows];
+      Vec const zero = splat(0.0f), sum = sums_of_rows(row);
+      float sums_here[tile_rows], inverse[tile_rows];
+      store(sums_here, sum);
       store(inverse, (Vec)_mm512_mask_div_ps((__m512)zero, _mm512_cmp_ps_mask((__m512)sum, (__m512)zero, _CMP_NEQ_UQ),
                                              (__m512)splat(1.0f), (__m512)sum));
       bool const none = fresh[row / amx_block];
       const float* from = out_of(row / amx_block) + row % amx_block * lanes;
+      T* const first_row = static_cast<T*>(params.o.data) + offset_of(params.o, row);
       for (int i = 0; i < min_of(tile_rows, rows - row); ++i, from += lanes) {
-        T* const to = static_cast<T*>(params.o.data) + offset_of(params.o, row + i);
+        T* const to = tile.heads == 1 ? first_row + i * params.o.row_stride
+                                      : static_cast<T*>(params.o.data) + offset_of(params.o, row + i);
         __m512 const factor = _mm512_set1_ps(inverse[i]);
-        for (int c = 0; c < params.head_dim; c += amx_block) {
-          const float* const at = from + c / lanes * column_floats;
+        for (int c = 0; c < columns; c += amx_block) {
+          const float* const at = from + c / amx_block * block_floats;
           __m512 const first = none ? (__m512)zero : (__m512)load(at);
           __m512 const second = none ? (__m512)zero : (__m512)load(at + column_floats);
-          Parts<T>::join(first, second, factor, to + c, mask_of(params.head_dim - c));
+          Parts<T>::join(first, second, factor, to + c, c + amx_block == columns ? present : all);
         }
         if (params.lse)
-          this->write_lse({state.max[row + i], (sums_exactly() ? exact_sum : state.sum)[row + i]}, row + i);
+          this->write_lse({state.max[row + i], sums_exactly() ? exact_sum[row + i] : sums_here[i]}, row + i);
       }
     }
   }
