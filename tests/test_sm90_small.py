@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hopper kernel for small problems, forced in every form: held to the numeric standard; and what is its own: parts
-without keys, the merge over warpgroups and blocks, launches that begin before the kernel before has ended."""
+"""The Hopper kernel for small problems, forced in every form, and the stream kernel: held to the numeric standard; and
+what is their own: parts without keys, the merge over warpgroups and blocks, blocks with several tiles, launches that
+begin before the kernel before has ended."""
 
 from __future__ import annotations
 
@@ -8,8 +9,7 @@ import itertools
 import math
 
 import pytest
-from arrays import SMALL_FORMS as FORMS
-from arrays import Arrays, backends, devices, on, place, small_form, torch
+from arrays import SMALL_FORMS, STREAM, Arrays, backends, devices, on, place, small_form, torch
 from reference import PLAIN, Options, assert_attention
 
 import flashcore
@@ -17,6 +17,7 @@ import flashcore
 HOPPER = "cuda" in devices() and "sm90" in backends("cuda")
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0, and code for sm_90a")
 
+FORMS = (*SMALL_FORMS, STREAM)
 DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (8, 32, 40, 64, 72, 96, 128)
 # Around the edges of chunks of 64 and 128 keys, of tiles of 64 and 128 rows, and of the parts of a tile's keys.
@@ -40,7 +41,7 @@ def arrays() -> Arrays:
 
 @pytest.fixture
 def force(monkeypatch):
-    """Forces the small kernel in a form."""
+    """Forces the small kernel in a form, or the stream kernel."""
 
     def set_form(form: tuple[int, int, int]) -> None:
         monkeypatch.setenv("FLASHCORE_SM90_KERNEL", small_form(form))
@@ -54,8 +55,14 @@ def holds(head_dim: int, seqlen_k: int, form: tuple[int, int, int]) -> bool:
 
 
 def planned(query, key, value, form, options=PLAIN):
-    """Also that it is the form, where that has an instance of the head dimension and kind of score."""
+    """Also that it is the form, where that has an instance of the head dimension and kind of score. Where the stream
+    kernel has none, or heads would share its tiles, the large one is taken."""
     plan = flashcore.plan(query, key, value, **options.keywords())
+    if form == STREAM:
+        plain = not options.softcap and options.scale_for(query.shape[3]) > 0
+        streams = plan.head_dim == 64 and plain and plan.packed_heads == 1
+        assert plan.kernel == ("sm90_stream" if streams else "sm90_forward"), plan
+        return plan
     assert plan.kernel == "sm90_small", plan
     if plan.head_dim == 64 and not options.softcap and options.scale_for(64) > 0:
         assert (plan.tile_q, plan.splits, plan.threads) == (form[0], form[1] * form[2], 2 * form[0] * form[1]), plan
@@ -68,7 +75,10 @@ def run(arrays, query, key, value, form, options=PLAIN, what="") -> None:
     target = place(arrays, query.shape, str(query.dtype).removeprefix("torch."), "contiguous")
     out, lse = flashcore.attention(query, key, value, out=target.view, return_lse=True, **options.keywords())
     alone = flashcore.attention(query, key, value, **options.keywords())
-    assert arrays.same_bits(out, alone), f"{what}: other bits without the log-sum-exp"
+    if form == STREAM:  # which has another instance with the log-sum-exp
+        assert_attention(arrays, alone, None, query, key, value, options, f"{what}, no lse")
+    else:
+        assert arrays.same_bits(out, alone), f"{what}: other bits without the log-sum-exp"
     assert_attention(arrays, out, lse, query, key, value, options, f"{what} {options}")
     assert target.surroundings_intact(), f"{what}: something was written beside out"
 
@@ -192,6 +202,39 @@ class TestResults:
                 assert bool(torch.isnan(out[b, i, h]).all())
                 out[b, i, h], lse[b, h, i] = clean[b, i, h], clean_lse[b, h, i]
                 assert arrays.same_bits(out, clean) and arrays.same_bits(lse, clean_lse)
+
+
+class TestStream:
+    """Blocks with several tiles of queries: more tiles than two for each multiprocessor."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_several_tiles_a_block(self, arrays, force, dtype):
+        force(STREAM)
+        for batch, seqlen_q, seqlen_k, heads_q, heads_k in (
+            (9, 400, 300, 16, 4),
+            (40, 128, 128, 8, 8),
+            (20, 257, 64, 8, 8),
+        ):
+            for i, options in enumerate((Options(), Options(causal=True), Options(window=(100, 30)))):
+                tensors = arrays.qkv(batch, seqlen_q, seqlen_k, heads_q, heads_k, 64, dtype, i, 3.0)
+                plan = planned(*tensors, STREAM, options)
+                assert plan.tiles > plan.blocks > 132
+                run(arrays, *tensors, STREAM, options, f"{batch} {seqlen_q} {seqlen_k}")
+
+    def test_tiles_without_keys(self, arrays, force):
+        """Blocks whose tiles have keys, have none, or both."""
+        force(STREAM)
+        for seqlen_k in (0, 1, 100, 300):
+            tensors = arrays.qkv(12, 600, seqlen_k, 8, 8, 40, "bfloat16", seqlen_k, 2.0)
+            for options in (Options(causal=True), Options(window=(5, 2))):
+                run(arrays, *tensors, STREAM, options, f"{seqlen_k}")
+
+    def test_chosen_where_a_multiprocessor_has_a_few_tiles(self, arrays):
+        tensors = arrays.qkv(8, 512, 512, 8, 8, 64, "bfloat16", 1)
+        assert flashcore.plan(*tensors).kernel == "sm90_stream"
+        for options in (Options(), Options(causal=True)):
+            out, lse = flashcore.attention(*tensors, return_lse=True, **options.keywords())
+            assert_attention(arrays, out, lse, *tensors, options)
 
 
 class TestChoice:
