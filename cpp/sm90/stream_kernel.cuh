@@ -18,27 +18,18 @@
 
 namespace flashcore::sm90 {
 
-template <class Element_>
+template <class Element_, int warpgroups_>
 struct StreamConfig {
   using Element = Element_;
   using Score = PlainScore;
-  using Tile = StreamTile;
-  static constexpr int head_dim = Tile::head_dim, tile_q = Tile::tile_q, tile_k = Tile::tile_k;
-  static constexpr int warpgroups = Tile::warpgroups, threads = Tile::threads, warps = threads / 32;
-  static constexpr int buffers = Tile::buffers;
-  static constexpr int kv_bytes = tile_k * row_bytes;
-  // A column of ones beside the values gives the rows' sums, as in the large kernel.
-  static constexpr int columns = head_dim + 8;
-  // Calls for the log-sum-exp add the weights up before they are rounded, too, for which two blocks have no registers.
-  static constexpr bool adds_sums = false;
-  static constexpr int blocks_a_unit = Tile::blocks_a_unit;
-  static_assert(head_dim == panel_columns && buffers == 2 && warpgroups == 2);
-};
-
-template <class Config>
-struct StreamWithLse : Config {
-  static constexpr bool adds_sums = true;
-  static constexpr int blocks_a_unit = 1;
+  static constexpr StreamTile tile{warpgroups_};
+  static constexpr int head_dim = StreamTile::head_dim, tile_q = tile.tile_q(), tile_k = StreamTile::tile_k;
+  static constexpr int warpgroups = warpgroups_, threads = tile.threads(), warps = threads / 32;
+  static constexpr int q_buffers = StreamTile::q_buffers, buffers = tile.buffers();
+  static constexpr int q_bytes = tile_q * row_bytes, kv_bytes = tile_k * row_bytes;
+  static_assert(head_dim == panel_columns && q_buffers == 2);
+  // How many chunks behind the places of keys, and of values, are filled again.
+  static constexpr int keys_lag = buffers > 2 ? 1 : 0, values_lag = buffers > 2 ? 2 : 1;
 };
 
 struct StreamArguments : Arguments<PlainScore> {
@@ -56,22 +47,22 @@ struct StreamJob {
 
 // A chunk of a job's keys.
 struct StreamChunk {
-  static constexpr int first = 4, last = 8;  // of its job
-  int what;  // job << 16 | chunk << 4 | these, and a bit for each warpgroup that has to mask it
+  static constexpr int first = 16, last = 32;  // of its job
+  int what;  // job << 18 | chunk << 6 | these, and a bit for each warpgroup that has to mask it
   int head_k, sequence;
 
-  __device__ __forceinline__ static int job(int what) { return what >> 16; }
-  __device__ __forceinline__ static int first_key(int what) { return (what >> 4 & 0xfff) * StreamTile::tile_k; }
+  __device__ __forceinline__ static int job(int what) { return what >> 18; }
+  __device__ __forceinline__ static int first_key(int what) { return (what >> 6 & 0xfff) * StreamTile::tile_k; }
 };
 
 template <class Config>
 struct StreamMemory {
-  alignas(1024) char q[Config::buffers][Config::tile_q * row_bytes];
+  alignas(1024) char q[Config::q_buffers][Config::q_bytes];
   alignas(1024) char k[Config::buffers][Config::kv_bytes];
   alignas(1024) char v[Config::buffers][Config::kv_bytes];
-  alignas(1024) char ones[StreamTile::ones_bytes];
-  Barrier q_full[Config::buffers], k_full[Config::buffers], v_full[Config::buffers];
-  Barrier q_empty[Config::buffers], k_empty[Config::buffers], v_empty[Config::buffers];
+  Barrier q_full[Config::q_buffers], q_empty[Config::q_buffers];
+  Barrier k_full[Config::buffers], v_full[Config::buffers];
+  Barrier k_empty[Config::buffers], v_empty[Config::buffers];
   // What the block does: jobs with keys, then those without; chunks of all.
   int full_jobs, all_jobs, chunks;
   Mask mask;
@@ -126,7 +117,7 @@ __device__ __forceinline__ void write_down(StreamArguments const& a, StreamMemor
       int const query = job.place.first + warpgroup * 64;
       if (key < mask.first_key(query + 63) || key + Config::tile_k > mask.end_key(query)) flags |= 1 << warpgroup;
     }
-    shared.table[chunks - job.count + i] = {at << 16 | (job.begin + i) << 4 | flags, job.head_k, job.place.sequence};
+    shared.table[chunks - job.count + i] = {at << 18 | (job.begin + i) << 6 | flags, job.head_k, job.place.sequence};
   }
   if (lane == 31) {
     shared.full_jobs = __popc(full);
@@ -166,25 +157,23 @@ __device__ __forceinline__ void prefetch(StreamArguments const& a, StreamMemory<
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
+__global__ void __launch_bounds__(Config::threads, Config::tile.blocks_a_unit())
     stream_kernel(__grid_constant__ StreamArguments const a) {
   using Element = typename Config::Element;
-  constexpr int head_dim = Config::head_dim, columns = Config::columns, tile_k = Config::tile_k;
+  constexpr int head_dim = Config::head_dim, tile_k = Config::tile_k;
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<StreamMemory<Config>*>(memory);
   // Everything up to wait_for_prerequisites() may run while the kernel before still works: it reads and writes no
   // array.
   {
-    static_assert(Config::threads * sizeof(uint2) == StreamTile::ones_bytes);
-    uint32_t const one = Precision<Element>::pack(1.0f, 1.0f);
-    reinterpret_cast<uint2*>(shared.ones)[threadIdx.x] = {one, one};
-    cutlass::arch::fence_view_async_shared();
     if (threadIdx.x == 64) {
 #pragma unroll
       for (int i = 0; i < Config::buffers; ++i) {
-        for (Barrier* full : {&shared.q_full[i], &shared.k_full[i], &shared.v_full[i]}) full->init(1);
-        for (Barrier* empty : {&shared.q_empty[i], &shared.k_empty[i], &shared.v_empty[i]}) empty->init(Config::warps);
+        for (Barrier* full : {&shared.k_full[i], &shared.v_full[i]}) full->init(1);
+        for (Barrier* empty : {&shared.k_empty[i], &shared.v_empty[i]}) empty->init(Config::warps);
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) shared.q_full[i].init(1), shared.q_empty[i].init(Config::warps);
       cutlass::arch::fence_barrier_init();
     }
     if (threadIdx.x == 96) {
@@ -199,38 +188,45 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   }
   wait_for_prerequisites();
 
-  auto const load = [](CUtensorMap const& map, char* to, Barrier& full, int row, int head, int sequence) {
+  auto const load = [](CUtensorMap const& map, char* to, Barrier& full, int bytes, int row, int head, int sequence) {
     constexpr auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-    static_assert(Config::tile_q == tile_k);
-    full.arrive_and_expect_tx(Config::kv_bytes);
+    full.arrive_and_expect_tx(bytes);
     cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), hint, to, 0, 0, row, head, sequence);
   };
   auto const load_queries = [&](int job) {
     if (job >= shared.full_jobs) return;
     JobPlace const& place = shared.jobs[job].place;
-    load(a.q, shared.q[job % 2], shared.q_full[job % 2], place.first, place.head, place.sequence);
+    load(a.q, shared.q[job % 2], shared.q_full[job % 2], Config::q_bytes, place.first, place.head, place.sequence);
   };
   auto const load_keys = [&](int chunk) {
     if (chunk >= shared.chunks) return;
+    int const buffer = chunk % Config::buffers;
     StreamChunk const x = shared.table[chunk];
-    load(a.k, shared.k[chunk % 2], shared.k_full[chunk % 2], StreamChunk::first_key(x.what), x.head_k, x.sequence);
+    load(a.k, shared.k[buffer], shared.k_full[buffer], Config::kv_bytes, StreamChunk::first_key(x.what), x.head_k,
+         x.sequence);
   };
   auto const load_values = [&](int chunk) {
     if (chunk >= shared.chunks) return;
+    int const buffer = chunk % Config::buffers;
     StreamChunk const x = shared.table[chunk];
-    load(a.v, shared.v[chunk % 2], shared.v_full[chunk % 2], StreamChunk::first_key(x.what), x.head_k, x.sequence);
+    load(a.v, shared.v[buffer], shared.v_full[buffer], Config::kv_bytes, StreamChunk::first_key(x.what), x.head_k,
+         x.sequence);
   };
   // Two threads, in the order in which the products come: what all blocks ask for first is to come first. A block alone
   // asks for the rest when its first keys are there.
   if (threadIdx.x == 0) {
     load_queries(0);
     load_values(0);
-    if (!alone()) load_values(1);
+    if (!alone()) {
+#pragma unroll 1
+      for (int i = 1; i < Config::buffers; ++i) load_values(i);
+    }
   }
   if (threadIdx.x == 128) {
     load_keys(0);
     if (!alone()) {
-      load_keys(1);
+#pragma unroll 1
+      for (int i = 1; i < Config::buffers; ++i) load_keys(i);
       load_queries(1);
     }
   }
@@ -257,23 +253,24 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     }
   }
 
-  float o[columns / 2], s[tile_k / 2];
+  constexpr int loader = (Config::warpgroups - 1) * 128;
+  float o[head_dim / 2], s[tile_k / 2];
   uint32_t weights[tile_k / 4];
   SoftmaxRow state[2];
 #pragma unroll
-  for (int i = 0; i < columns / 2; ++i) o[i] = 0.0f;
+  for (int i = 0; i < head_dim / 2; ++i) o[i] = 0.0f;
   // One warpgroup's exponentials meet the other's products: they take turns, the first one first.
-  auto const take_turn = [&] { cutlass::arch::NamedBarrier::sync(Config::threads, 1 + warpgroup); };
+  auto const take_turn = [&] { cutlass::arch::NamedBarrier::sync(256, 1 + warpgroup); };
   auto const pass_turn = [&](uint32_t none) {
-    cutlass::arch::NamedBarrier::arrive(Config::threads, 2 - warpgroup + none);
+    cutlass::arch::NamedBarrier::arrive(256, 1 + (warpgroup + 1) % Config::warpgroups + none);
   };
-  if (warpgroup == 1) pass_turn(0);
+  if (warpgroup == Config::warpgroups - 1) pass_turn(0);
 
 #pragma unroll 1
   for (int chunk = 0; chunk < shared.chunks; ++chunk) {
     int what = shared.table[chunk].what;
-    int const buffer = chunk % 2;
-    uint32_t const phase = chunk / 2 & 1;
+    int const buffer = chunk % Config::buffers;
+    uint32_t const phase = chunk / Config::buffers & 1;
     {
       // S = Q Kᵀ
       int const job = StreamChunk::job(what), other = job % 2 ^ 1;
@@ -282,9 +279,15 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
       if (chunk == 0) launch_dependents();
       shared.k_full[buffer].wait(phase);
       if (chunk == 0 && alone()) {
-        if (threadIdx.x == 128) load_keys(1);
-        if (threadIdx.x == 160) load_values(1);
-        if (threadIdx.x == 192) load_queries(1);
+        if (threadIdx.x == loader) {
+#pragma unroll 1
+          for (int i = 1; i < Config::buffers; ++i) load_keys(i);
+        }
+        if (threadIdx.x == loader + 32) {
+#pragma unroll 1
+          for (int i = 1; i < Config::buffers; ++i) load_values(i);
+        }
+        if (threadIdx.x == loader + 64) load_queries(1);
         __syncwarp();
       }
       uint64_t const queries = operand(cute::cast_smem_ptr_to_uint(shared.q[job % 2]) + warpgroup * 64 * row_bytes, 0);
@@ -303,15 +306,21 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
         shared.q_empty[other].arrive();
       }
       // The second warpgroup is the later one: its warps have the places filled again.
-      if (threadIdx.x == 128 && chunk + 2 < shared.chunks) {
-        shared.k_empty[buffer].wait(phase);
-        load_keys(chunk + 2);
+      if (threadIdx.x == loader && chunk >= Config::keys_lag) {
+        int const done = chunk - Config::keys_lag;
+        if (done + Config::buffers < shared.chunks) {
+          shared.k_empty[done % Config::buffers].wait(done / Config::buffers & 1);
+          load_keys(done + Config::buffers);
+        }
       }
-      if (threadIdx.x == 160 && chunk > 0 && chunk + 1 < shared.chunks) {
-        shared.v_empty[buffer ^ 1].wait((chunk - 1) / 2 & 1);
-        load_values(chunk + 1);
+      if (threadIdx.x == loader + 32 && chunk >= Config::values_lag) {
+        int const done = chunk - Config::values_lag;
+        if (done + Config::buffers < shared.chunks) {
+          shared.v_empty[done % Config::buffers].wait(done / Config::buffers & 1);
+          load_values(done + Config::buffers);
+        }
       }
-      if (threadIdx.x == 192 && after_job && job + 1 < shared.full_jobs) {
+      if (threadIdx.x == loader + 64 && after_job && job + 1 < shared.full_jobs) {
         shared.q_empty[other].wait((job - 1) / 2 & 1);
         load_queries(job + 1);
       }
@@ -325,7 +334,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     raise_maxima(s, state, ratio, offset, a.score);
     if (!(what & StreamChunk::first)) {
 #pragma unroll
-      for (int i = 0; i < columns / 2; ++i) o[i] *= ratio[i / 2 % 2];
+      for (int i = 0; i < head_dim / 2; ++i) o[i] *= ratio[i / 2 % 2];
     }
     // What the exponentials need is read behind the barrier, or `ptxas` would begin them before it.
     take_turn();
@@ -338,17 +347,22 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
 #pragma unroll
       for (int half = 0; half < 2; ++half) offset[half] = SoftmaxRow::offset(state[half].max, factor);
     }
-    // O += P V, the first half of the keys while the other half's exponentials run. Behind the values' columns lies
-    // that of ones, the same 16 rows for all products.
-    uint32_t const values_at = cute::cast_smem_ptr_to_uint(shared.v[buffer]);
-    uint64_t const values = operand(values_at, cute::cast_smem_ptr_to_uint(shared.ones) - values_at);
+    // O += P V, the first half of the keys while the other half's exponentials run.
+    uint64_t const values = operand(cute::cast_smem_ptr_to_uint(shared.v[buffer]), 0);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       auto& part = reinterpret_cast<float (&)[tile_k / 4]>(s[j * tile_k / 4]);
-      exponentials<Config>(part, state, offset, a.score.factor);
       uint32_t* const w = weights + j * tile_k / 8;
 #pragma unroll
-      for (int i = 0; i < tile_k / 8; ++i) w[i] = Precision<Element>::pack(part[2 * i], part[2 * i + 1]);
+      for (int i = 0; i < tile_k / 4; i += 8) {
+        float x[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) x[k] = exp2_of(part[i + k] * a.score.factor - offset[k / 2 % 2]);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) w[i / 2 + k] = Precision<Element>::pack(x[2 * k], x[2 * k + 1]);
+        state[0].sum += (x[0] + x[1]) + (x[4] + x[5]);
+        state[1].sum += (x[2] + x[3]) + (x[6] + x[7]);
+      }
       // Not before the last ones are done, which the barrier's number is made to depend on.
       if (j == 1) pass_turn((w[tile_k / 8 - 1] ^ w[tile_k / 8 - 4]) & a.zero);
       if (j == 0) {
@@ -358,9 +372,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
       cute::warpgroup_arrive();
 #pragma unroll
       for (int m = 0; m < tile_k / 32; ++m) {
-        constexpr uint64_t panel_stride = uint64_t{1} << 16;
-        uint64_t const rows = (j * tile_k / 2 + m * 16) * row_bytes / 16;
-        multiply_values<Element, columns>(o, w + 4 * m, values + rows - rows * panel_stride);
+        multiply_values<Element, head_dim>(o, w + 4 * m, values + (j * tile_k / 2 + m * 16) * row_bytes / 16);
       }
       cute::warpgroup_commit_batch();
     }
@@ -374,16 +386,16 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     // were there before its turn.
     JobPlace const& place = shared.jobs[StreamChunk::job(what)].place;
     int const row = row_of_lane(), warp_row = row / 16 * 16, lane = threadIdx.x % 32;
-    if constexpr (Config::adds_sums) {
+    float inverse[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        state[half].sum = quad_sum(state[half].sum);
+    for (int half = 0; half < 2; ++half) {
+      state[half].sum = quad_sum(state[half].sum);
+      inverse[half] = state[half].inverse_sum();
+      if (a.p.lse != nullptr && lane % 4 == 0) {
         PlacedRow<Config> const out(a, place, row + half * 8);
-        if (lane % 4 == 0 && out.present) *out.lse = state[half].lse(a.score.factor);
+        if (out.present) *out.lse = state[half].lse(a.score.factor);
       }
     }
-    float const inverse[2] = {SoftmaxRow{0.0f, o[head_dim / 2]}.inverse_sum(),
-                              SoftmaxRow{0.0f, o[head_dim / 2 + 2]}.inverse_sum()};
     if (a.stores_by_tma) {
       char* const rows = shared.q[StreamChunk::job(what) % 2] + warp_row * row_bytes;
       uint32_t const to = cute::cast_smem_ptr_to_uint(rows) + lane % 16 * row_bytes;
@@ -415,7 +427,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     }
     state[0] = {}, state[1] = {};
 #pragma unroll
-    for (int i = 0; i < columns / 2; ++i) o[i] = 0.0f;
+    for (int i = 0; i < head_dim / 2; ++i) o[i] = 0.0f;
   }
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
@@ -423,19 +435,20 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
 template <class Config>
 void launch_stream(StreamArguments const& arguments, int64_t blocks, cudaStream_t stream) {
   auto const kernel = stream_kernel<Config>;
-  static_assert(sizeof(StreamMemory<Config>) <= StreamTile::shared_memory);
-  static_assert(StreamTile::blocks_a_unit * (StreamTile::shared_memory + 1024) <= 228 * 1024);
+  constexpr int shared_memory = Config::tile.shared_memory();
+  static_assert(sizeof(StreamMemory<Config>) <= shared_memory);
+  static_assert(Config::tile.blocks_a_unit() * (shared_memory + 1024) <= 228 * 1024);
   static OncePerDevice prepare;
   prepare([&] {
     char const* const preparing = "preparing the stream sm90 kernel";
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, StreamTile::shared_memory),
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory),
                preparing);
     cuda_check(
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         preparing);
   });
   launch_dependent(kernel,
-                   {dim3(static_cast<unsigned>(blocks)), Config::threads, StreamTile::shared_memory, 1, /*early=*/true},
+                   {dim3(static_cast<unsigned>(blocks)), Config::threads, shared_memory, 1, /*early=*/true},
                    stream, arguments, "launching the stream sm90 kernel");
 }
 
@@ -466,7 +479,6 @@ void run_stream(ForwardParams const& p, Plan const& plan, bool stores_by_tma, cu
                                   stores_by_tma,
                                   ceil_div(p.seqlen_q, Config::tile_q),
                                   0};
-  if (p.lse != nullptr) return launch_stream<StreamWithLse<Config>>(arguments, plan.blocks, stream);
   launch_stream<Config>(arguments, plan.blocks, stream);
 }
 
