@@ -408,8 +408,7 @@ def check_stream(p, batch, seqlen_q, heads, seqlen_k):
     assert p.backend == "sm90" and p.kernel == "sm90_stream" and p.workspace == 0
     assert (p.tile_q, p.tile_k, p.threads, p.splits, p.packed_heads) == (128, 128, 256, 1, 1)
     check_grid(p, "h100", batch, seqlen_q, heads)
-    jobs = -(-p.tiles // p.blocks)
-    assert jobs <= 16 and jobs * -(-seqlen_k // 128) <= 64
+    assert -(-p.tiles // p.blocks) <= 32
     assert 2 * 3 * 128 * 128 < p.shared_memory <= SHARED_MEMORY["h100"] / 2 - 1024
     assert "small problem" in p.reason and str(p.tiles) in p.reason
 
@@ -470,20 +469,24 @@ def test_what_the_small_kernel_leaves_to_the_large_one(device):
 
 @needs_sm90
 def test_what_the_stream_kernel_leaves_to_others(device, monkeypatch):
-    """Uneven tiles, heads that share one, general scores, larger heads, longer lists than a block has room for."""
+    """Masks, heads that share a tile, general scores, larger heads, nothing to do, longer lists than a block has room
+    for."""
     check_stream(small_plan(8, 512, 8, 64), 8, 512, 8, 512)
     check_stream(small_plan(8, 512, 8, 40, heads_k=2), 8, 512, 8, 512)
-    assert small_plan(8, 512, 8, 64, window=(100, 0)).kernel == "sm90_stream"  # even
-    for options in ({"causal": True}, {"softcap": 20.0}, {"scale": -0.1}, {"batch_invariant": True}):
+    masks = [{"causal": True}, {"window": (100, 0)}, {"window": (None, 3)}]
+    for options in (*masks, {"softcap": 20.0}, {"scale": -0.1}, {"batch_invariant": True}):
         assert small_plan(8, 512, 8, 64, **options).kernel == "sm90_forward"
     assert small_plan(64, 5, 32, 64, 400, 4).packed_heads == 8
     monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "stream")
-    assert small_plan(8, 512, 8, 64, causal=True).kernel == "sm90_stream" and "forced" in small_plan(8, 8, 8, 8).reason
+    assert "forced" in small_plan(8, 8, 8, 8).reason
+    for options in masks:
+        assert small_plan(8, 512, 8, 64, **options).kernel == "sm90_forward"
     assert small_plan(64, 5, 32, 64, 400, 4).kernel == "sm90_forward"
     assert small_plan(8, 512, 8, 72).kernel == "sm90_forward"
-    kernels = [small_plan(1, 128, 1, 64, keys).kernel for keys in (8192, 8193)]
-    kernels += [small_plan(tiles, 128, 1, 64).kernel for tiles in (16 * 264, 16 * 264 + 1)]
-    assert kernels == ["sm90_stream", "sm90_forward"] * 2
+    assert shape_plan("h100", (8, 512, 8, 64), (8, 0, 8, 64)).kernel == "sm90_forward"
+    assert small_plan(1, 128, 1, 64, 100000).kernel == "sm90_stream"
+    kernels = [small_plan(tiles, 128, 1, 64).kernel for tiles in (32 * 264, 32 * 264 + 1)]
+    assert kernels == ["sm90_stream", "sm90_forward"]
 
 
 @needs_sm90

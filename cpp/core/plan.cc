@@ -343,15 +343,18 @@ std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& d
   return plan;
 }
 
-// The plan for the stream kernel; none where it has no code for the problem, or a block no place for its tiles' list.
+// The plan for the stream kernel; none where it has no code for the problem (masks, heads that share a tile, general
+// scores, nothing to do), or a block no place for the list of its tiles.
 std::optional<Plan> plan_stream(const Problem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
+  bool const masks = problem.causal || problem.window_left.has_value() || problem.window_right.has_value();
+  if (s.head_dim > StreamTile::head_dim || masks || !plain_score(problem)) return std::nullopt;
   Tiling const tiling = flashcore::tiling(problem, device, StreamTile::tile_q);
-  if (s.head_dim > StreamTile::head_dim || !plain_score(problem) || tiling.packed_heads > 1) return std::nullopt;
   int64_t const blocks = std::min<int64_t>(tiling.tiles, int64_t{StreamTile::blocks_a_unit} * device.units);
-  int64_t const jobs = (tiling.tiles + blocks - 1) / std::max<int64_t>(blocks, 1);
-  int64_t const chunks = (s.seqlen_k + StreamTile::tile_k - 1) / StreamTile::tile_k;
-  if (jobs > StreamTile::most_jobs || jobs * chunks > StreamTile::most_chunks) return std::nullopt;
+  if (tiling.packed_heads > 1 || tiling.tiles == 0 || s.seqlen_k == 0 ||
+      tiling.tiles > blocks * StreamTile::most_jobs) {
+    return std::nullopt;
+  }
   Plan plan;
   plan.backend = Backend::sm90;
   plan.kernel = "sm90_stream";
@@ -408,8 +411,7 @@ std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& d
   };
   if (forced.form) return plan_with(forced.form);
   Tiling const tiling = flashcore::tiling(problem, device, 64);
-  // Where tiles are uneven the stream kernel's blocks, which have what their numbers say, would end far apart.
-  std::optional<Plan> const stream = uneven(problem) ? std::nullopt : plan_stream(problem, device);
+  std::optional<Plan> const stream = plan_stream(problem, device);
   if (SmallChoice const* row = small_choice(head_dim, s.seqlen_k, tiling.tiles, stream.has_value(), device)) {
     if (row->form.streams() && !forced.small) return stream;
     std::optional<Plan> const plan = plan_with(row->form);

@@ -46,7 +46,6 @@ struct SmallArguments : Arguments<Score> {
   int steps;                                // of a part's keys, that shared memory has room for
   int values_at, received_at, barriers_at;  // where in shared memory these begin
   bool alone;                               // a block has a multiprocessor for itself
-  uint32_t zero;                            // 0, which the compiler does not know
 };
 
 // --- instructions that CuTe has not, or not with the memory clobber that the compiler has to see ---------------------
@@ -79,7 +78,6 @@ struct Task {
   KeyRange range;   // the chunks of keys that the tile sees, which the parts divide evenly
   int share;        // chunks of each part, but for those at the end
   int block_share;  // and of each block
-  float factor;     // of the score
 
   __device__ __forceinline__ int begin(int part) const { return range.begin + part * share; }
   __device__ __forceinline__ int count(int part) const { return clamp_to(range.end - begin(part), 0, share); }
@@ -167,7 +165,6 @@ __device__ __forceinline__ Task this_task(SmallArguments<typename Config::Score>
   task.range = task.mask.key_range(first, first + task.job.queries, Config::steps * Config::step);
   task.share = ceil_div(task.range.count(), Config::parts);
   task.block_share = task.share * Config::key_groups;
-  task.factor = a.score.factor;
   return task;
 }
 
@@ -286,14 +283,7 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
   int const seen_begin = task.mask.first_key(shared.query(warpgroup.rows() * 64 + 63));
   int const seen_end = task.mask.end_key(shared.query(warpgroup.rows() * 64));
   uint64_t const queries = operand(address_of(shared.queries()) + warpgroup.rows() * 64 * row_bytes, 0);
-  // Two warpgroups take turns: the first one's exponentials meet the second one's products, which begin when its own
-  // are done. Where they divide the keys the second one may have fewer chunks, or none.
-  constexpr bool in_turn = Config::tile.warpgroups() == 2;
-  constexpr int scores_done = 4, turn = 5;  // named barriers
-  int const others = Config::key_groups == 1 ? count : task.count(part ^ 1) * steps;
-  bool const second = warpgroup.index == 1;
   shared.full_queries().wait(0);
-  if (in_turn && second) cutlass::arch::NamedBarrier::sync(256, scores_done);
 #pragma unroll 1
   for (int i = 0; i < count; i += steps) {
     // S = Q Kᵀ
@@ -312,7 +302,6 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
     }
     cute::warpgroup_wait<0>();
     hold(s);
-    if (in_turn && !second && i == 0 && others > 0) cutlass::arch::NamedBarrier::arrive(256, scores_done);
     transform(s, a.score);
 #pragma unroll
     for (int j = 0; j < steps; ++j) {
@@ -329,27 +318,14 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
     }
     // All that the block asked for is there, or about to be: the next kernel may bring its own lines into the cache.
     if (i == 0 && a.alone) launch_dependents();
-    float factor = a.score.factor;
-    if constexpr (in_turn) {
-      if (second || (i > 0 && i - steps < others)) cutlass::arch::NamedBarrier::sync(256, turn + warpgroup.index);
-      // What the exponentials need is read behind the barrier, or `ptxas` would begin them before it.
-      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(factor) : "r"(address_of(&shared.task().factor)) : "memory");
-#pragma unroll
-      for (int half = 0; half < 2; ++half) offset[half] = SoftmaxRow::offset(state[half].max, factor);
-    }
     // O += P V
     uint64_t const values = operand(address_of(shared.values(group, i)), Config::kv_panel);
 #pragma unroll
     for (int j = 0; j < steps; ++j) {
-      exponentials<Config>(scores(j), state, offset, factor);
+      exponentials<Config>(scores(j), state, offset, a.score.factor);
       uint32_t* const w = weights + j * step / 4;
 #pragma unroll
       for (int k = 0; k < step / 4; ++k) w[k] = Precision<Element>::pack(scores(j)[2 * k], scores(j)[2 * k + 1]);
-      // Not before the last ones are done, which the barrier's number is made to depend on.
-      if (in_turn && j == steps - 1 && (second ? i + steps < others : i < others)) {
-        uint32_t const none = (w[step / 4 - 1] ^ w[step / 4 - 4]) & a.zero;
-        cutlass::arch::NamedBarrier::arrive(256, turn + (warpgroup.index ^ 1) + none);
-      }
       if (j == 0) {
         shared.full_values(group, i).wait(0);
         hold(o);
@@ -611,8 +587,7 @@ void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
       tile.values_at(steps),
       tile.received_at(steps),
       tile.barriers_at(steps),
-      plan.blocks <= SmallTile::units,
-      0};
+      plan.blocks <= SmallTile::units};
 
   auto const kernel = small_kernel<Config>;
   static OncePerDevice prepare;
