@@ -424,8 +424,8 @@ def test_small_problems(device, head_dim):
         shape = (1, 512, 8, head_dim) if layout == "bshd" else (1, 8, 512, head_dim)
         p = shape_plan("h200", shape, causal=causal, softcap=softcap, layout=layout)
         assert p.kernel == "sm90_small" and p.head_dim == (64 if head_dim <= 64 else 128)
-    check_small(small_plan(8, 128, 8, head_dim), 8, 128, 8, 128)
-    assert small_form_of(small_plan(8, 128, 8, head_dim))[2] == 1  # enough tiles
+    check_small(small_plan(8, 128, 8, head_dim, causal=True), 8, 128, 8, 128)
+    assert small_form_of(small_plan(8, 128, 8, head_dim, causal=True))[2] == 1  # enough tiles
     assert small_plan(1, 64, 2, head_dim, 1024).splits == 8  # two tiles, many keys
 
 
@@ -446,8 +446,8 @@ def test_change_over_to_the_large_kernel(device, seqlen, head_dim):
         assert causal.kernel == p.kernel or p.kernel == "sm90_stream" != causal.kernel
     order = ["sm90_small", "sm90_stream", "sm90_forward"]
     assert kernels == sorted(kernels, key=order.index) and kernels[-1] == "sm90_forward"
-    assert (kernels[0] == "sm90_small") == (seqlen <= (1024 if head_dim == 64 else 512))
-    assert ("sm90_stream" in kernels) == (head_dim == 64 and seqlen <= 1024)
+    assert (kernels[0] == "sm90_small") == (seqlen <= (700 if head_dim == 64 else 512))
+    assert ("sm90_stream" in kernels) == (head_dim == 64 and seqlen <= 2048)
 
 
 @needs_sm90

@@ -64,8 +64,7 @@ __device__ __forceinline__ void store_lse(Arguments<typename Config::Score> cons
 // exchange a pair, and each writes four columns, eight bytes: a quad writes 32 at once. (Exchanges among all four for
 // 16 bytes a lane took 3% of a call of 1,024 tokens more, none at all 5%.)
 template <class Config, class Row, int n>
-__device__ __forceinline__ void write_row(Row const& row, int half, int head_dim, float const (&o)[n],
-                                          float factor) {
+__device__ __forceinline__ void write_row(Row const& row, int half, int head_dim, float const (&o)[n], float factor) {
   int const t = threadIdx.x % 4;
   bool const odd = t & 1;
 #pragma unroll
