@@ -210,6 +210,10 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
       __syncwarp();
     }
     // The second warpgroup is the later one: while products run, its warps have the places filled again.
+    if (threadIdx.x == 224 && chunk > 0) {
+      shared.k_empty[buffer ^ 1].wait((chunk - 1) >> 1 & 1);
+      load_keys(buffer ^ 1, job, i + 1);
+    }
     if (threadIdx.x == 160 && chunk > 0) {
       shared.v_empty[buffer ^ 1].wait((chunk - 1) >> 1 & 1);
       load_values(buffer ^ 1, job, i + 1);
@@ -278,11 +282,6 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
       }
       cute::warpgroup_commit_batch();
     }
-    if (threadIdx.x == 128) {
-      shared.k_empty[buffer].wait(phase);
-      load_keys(buffer, job, i + 2);
-    }
-    __syncwarp();
     cute::warpgroup_wait<0>();
     hold(o);
     release(shared.v_empty[buffer]);
