@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures on which problems sm90's kernel for small problems beats the large one, and prints the rows of
+"""Measures on which problems sm90's kernels for small problems beat the large one, and prints the rows of
 cpp/sm90/small_choice.inc anew.
 
     python bench/fit_small.py > bench/results/small_choice.txt
 
-For every head dimension, number of keys and number of tiles of 64 rows: every form of the small kernel, and the large
-kernel, each in a graph as bench/compare.py times it, in turn, full and causal. The smallest product of the
-two times wins. Needs a GPU of compute capability 9.0. Exit status: 0, or 2 on bad usage.
+For every head dimension, number of keys and number of tiles of 64 rows: every form of the small kernel, the stream
+kernel, and the large kernel, each in a graph as bench/compare.py times it, in turn, full and causal. The smallest
+product of the two times wins. Causal problems do not stream: with the stream kernel for the full one comes the best
+other one for the causal, and the rows for them follow. Needs a GPU of compute capability 9.0. Exit status: 0, or 2 on
+bad usage.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ VARIABLE = "FLASHCORE_SM90_KERNEL"
 LARGE = "large"
 # Rows of a tile, warpgroups of a block and blocks of a cluster that divide its keys: what small_tiles.inc has.
 SMALL = ("64:1:1", "64:2:1", "128:1:1", "64:2:2", "64:2:4", "64:1:8")
-FORMS = (LARGE, *(f"small:{form}" for form in SMALL))
+STREAM = "stream"
+FORMS = (LARGE, STREAM, *(f"small:{form}" for form in SMALL))
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def runs(point: Point, form: str) -> bool:
     plan = flashcore.plan(shape, shape, shape, dtype="bfloat16", device="cuda")
     if form == LARGE:
         return plan.kernel == "sm90_forward"
+    if form == STREAM:
+        return plan.kernel == "sm90_stream"
     rows, groups, cluster = map(int, form.split(":")[1:])
     got = plan.tile_q, plan.threads, plan.splits
     return plan.kernel == "sm90_small" and got == (rows, 2 * rows * groups, groups * cluster)
@@ -83,8 +88,11 @@ def measure(point: Point, options: argparse.Namespace) -> dict[str, float]:
             for i in range(len(forms)):
                 form = forms[(i + turn) % len(forms)]
                 samples[form].append(timers[form].microseconds())
+        medians = {form: statistics.median(samples[form]) for form in forms}
+        if causal and STREAM in forms:
+            medians[STREAM] = min(median for form, median in medians.items() if form != STREAM)
         for form in forms:
-            times[form] *= statistics.median(samples[form])
+            times[form] *= medians[form]
     return {form: math.sqrt(product) for form, product in times.items()}
 
 
@@ -97,7 +105,8 @@ def rows_of(head_dim: int, keys: int, best: list[tuple[int, str]]) -> list[str]:
             break
         if form != other:
             limit = round(math.sqrt(tiles * following))
-            rows.append(f"FLASHCORE_SM90_SMALL_CHOICE({head_dim}, {keys}, {limit}, {', '.join(form.split(':')[1:])})")
+            shape = "128, 0, 1" if form == STREAM else ", ".join(form.split(":")[1:])
+            rows.append(f"FLASHCORE_SM90_SMALL_CHOICE({head_dim}, {keys}, {limit}, {shape})")
     return rows
 
 
@@ -120,15 +129,19 @@ def main() -> int:
     for head_dim in options.head_dims:
         for keys in options.keys:
             best: list[tuple[int, str]] = []
+            uneven: list[tuple[int, str]] = []
             for heads in sorted({heads_for(tiles, keys) for tiles in options.tiles}):
                 point = Point(head_dim, keys, heads)
                 times = measure(point, options)
-                best.append((round(point.tiles * 132 / units), min(times, key=times.__getitem__)))
+                tiles = round(point.tiles * 132 / units)
+                best.append((tiles, min(times, key=times.__getitem__)))
+                uneven.append((tiles, min((form for form in times if form != STREAM), key=times.__getitem__)))
                 told = "  ".join(f"{form} {time:.2f}" for form, time in sorted(times.items(), key=lambda x: x[1]))
                 print(f"# D {head_dim} keys {keys} tiles {point.tiles}: {told}", flush=True)
                 if best[-1][1] == LARGE and len(best) > 1 and best[-2][1] == LARGE:
                     break  # larger problems are the large kernel's, too
-            table += rows_of(head_dim, keys, best)
+            rows = rows_of(head_dim, keys, best)
+            table += rows + [row for row in rows_of(head_dim, keys, uneven) if row not in rows]
     print(*table, sep="\n")
     return 0
 

@@ -196,9 +196,13 @@ def devices() -> list[str]:
 SMALL_FORMS = ((64, 1, 1), (64, 2, 1), (128, 1, 1), (64, 2, 2), (64, 2, 4), (64, 1, 8))
 
 
+# The stream kernel, in their company: tiles of 128 rows, whose blocks go through all of their keys.
+STREAM = (128, 0, 1)
+
+
 def small_form(form: tuple[int, int, int]) -> str:
     """The value of FLASHCORE_SM90_KERNEL that forces it."""
-    return "small:" + ":".join(map(str, form))
+    return "stream" if form == STREAM else "small:" + ":".join(map(str, form))
 
 
 def backends(device: str) -> tuple[str, ...]:

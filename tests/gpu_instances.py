@@ -4,16 +4,17 @@ test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that r
 
     python tests/gpu_instances.py [PART ...]
 
-A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all) or "small".
-Without parts: all that the GPU has. A part can also be a dtype or a head dimension: then the forward kernels' and
-decode's others are left out (for compute-sanitizer, under which all of them take minutes)."""
+A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all) or "small"
+(with the stream kernel). Without parts: all that the GPU has. A part can also be a dtype or a head dimension: then the
+forward kernels' and decode's others are left out (for compute-sanitizer, under which all of them take minutes)."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
-from arrays import SMALL_FORMS, backends, on, small_form, torch
+from arrays import SMALL_FORMS, STREAM, backends, on, small_form, torch
 from kvcache import make as make_decoding
 from reference import PLAIN, Options, assert_attention
 from test_varlen import check, make
@@ -114,6 +115,27 @@ def small(seed: int = 0) -> set[str]:
                             flashcore.attention, *tensors, return_lse=True, backend="sm90", **options.keywords()
                         )
                         assert_attention(cpu, out, lse, *tensors, options, f"{name} {shape} {options}")
+    return ran | stream(seed)
+
+
+# The same for the stream kernel: few tiles, and several for each block.
+STREAM_SHAPES = ((2, 150, 300, 6, 6), (20, 300, 260, 6, 6))
+
+
+def stream(seed: int) -> set[str]:
+    """sm90's stream kernel."""
+    ran = set()
+    os.environ["FLASHCORE_SM90_KERNEL"] = small_form(STREAM)
+    for dtype in DTYPES:
+        for head_dim, shape in itertools.product((40, 64), STREAM_SHAPES):
+            seed += 3
+            plan = plan_of(shape, head_dim, dtype, "sm90", PLAIN)
+            assert plan.kernel == "sm90_stream", plan
+            name = kernel(plan, dtype)
+            ran.add(name)
+            tensors = cpu.qkv(*shape, head_dim, dtype, seed, 2.0)
+            out, lse = on_gpu(flashcore.attention, *tensors, return_lse=True, backend="sm90")
+            assert_attention(cpu, out, lse, *tensors, PLAIN, f"{name} {shape}")
     return ran
 
 

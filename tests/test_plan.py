@@ -55,6 +55,8 @@ def check_grid(p, name, batch, seqlen_q, heads_q):
     assert p.tiles == batch * (heads_q // p.packed_heads) * -(-seqlen_q // (p.tile_q // p.packed_heads))
     if p.kernel == "sm90_forward":
         assert min(p.tiles, UNITS[name]) <= p.blocks <= min(p.tiles, 4 * UNITS[name])
+    elif p.kernel == "sm90_stream":
+        assert p.blocks == min(p.tiles, 2 * UNITS[name])
     else:
         groups = p.threads // (2 * p.tile_q) if p.kernel == "sm90_small" else 1  # that divide a block's keys
         assert p.blocks == p.tiles * p.splits // groups
@@ -78,7 +80,7 @@ def test_fits_the_device(gpu, head_dim, dtype):
     """The instance holds the head dimension, and its tiles of queries, keys and values fit into a block's shared
     memory."""
     for softcap, backend in itertools.product((0.0, 30.0), (None, *forced(gpu))):
-        p = shape_plan(gpu, (2, 1000, 8, head_dim), dtype=dtype, softcap=softcap, backend=backend)
+        p = shape_plan(gpu, (4, 1000, 8, head_dim), dtype=dtype, softcap=softcap, backend=backend)
         assert p.backend == (backend or chosen(gpu)) and p.kernel == f"{p.backend}_forward"
         assert p.head_dim == next(d for d in INSTANCES[p.backend] if d >= head_dim)
         smallest = p.tile_k * p.head_dim * 2  # one tile of keys in 16 bits
@@ -88,7 +90,7 @@ def test_fits_the_device(gpu, head_dim, dtype):
         if p.backend == "sm90":  # 64 rows for each warpgroup that computes, and one warpgroup that loads
             assert p.tile_q in SM90_TILE_Q[p.head_dim] and p.threads == 2 * p.tile_q + 128
         assert p.splits >= 1 and p.workspace >= 0 and p.packed_heads == 1
-        check_grid(p, gpu, 2, 1000, 8)
+        check_grid(p, gpu, 4, 1000, 8)
         assert gpu in p.reason and CAPABILITY[gpu] in p.reason
 
 
@@ -412,6 +414,16 @@ def check_small(p, batch, seqlen_q, heads, seqlen_k):
     assert ("divide the keys" in p.reason) == (p.splits > 1) and ("cluster" in p.reason) == (cluster > 1)
 
 
+def check_stream(p, batch, seqlen_q, heads, seqlen_k):
+    """Blocks that fill the GPU, each with a list of its tiles and their keys that has room."""
+    assert p.backend == "sm90" and p.kernel == "sm90_stream" and p.workspace == 0
+    assert (p.tile_q, p.tile_k, p.threads, p.splits, p.packed_heads) == (128, 128, 256, 1, 1)
+    check_grid(p, "h100", batch, seqlen_q, heads)
+    assert -(-p.tiles // p.blocks) <= 32
+    assert 2 * 3 * 128 * 128 < p.shared_memory <= SHARED_MEMORY["h100"] / 2 - 1024
+    assert "small problem" in p.reason and str(p.tiles) in p.reason
+
+
 @needs_sm90
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128])
 def test_small_problems(device, head_dim):
@@ -423,8 +435,8 @@ def test_small_problems(device, head_dim):
         shape = (1, 512, 8, head_dim) if layout == "bshd" else (1, 8, 512, head_dim)
         p = shape_plan("h200", shape, causal=causal, softcap=softcap, layout=layout)
         assert p.kernel == "sm90_small" and p.head_dim == (64 if head_dim <= 64 else 128)
-    check_small(small_plan(8, 128, 8, head_dim), 8, 128, 8, 128)
-    assert small_form_of(small_plan(8, 128, 8, head_dim))[2] == 1  # enough tiles
+    check_small(small_plan(8, 128, 8, head_dim, causal=True), 8, 128, 8, 128)
+    assert small_form_of(small_plan(8, 128, 8, head_dim, causal=True))[2] == 1  # enough tiles
     assert small_plan(1, 64, 2, head_dim, 1024).splits == 8  # two tiles, many keys
 
 
@@ -438,9 +450,15 @@ def test_change_over_to_the_large_kernel(device, seqlen, head_dim):
         p = small_plan(batch, seqlen, 8, head_dim)
         if p.kernel == "sm90_small":
             check_small(p, batch, seqlen, 8, seqlen)
+        elif p.kernel == "sm90_stream":
+            check_stream(p, batch, seqlen, 8, seqlen)
         kernels.append(p.kernel)
-    assert kernels == sorted(kernels, reverse=True) and kernels[-1] == "sm90_forward"
-    assert (kernels[0] == "sm90_small") == (seqlen <= (1024 if head_dim == 64 else 512))
+        causal = small_plan(batch, seqlen, 8, head_dim, causal=True)
+        assert causal.kernel == p.kernel or p.kernel == "sm90_stream" != causal.kernel
+    order = ["sm90_small", "sm90_stream", "sm90_forward"]
+    assert kernels == sorted(kernels, key=order.index) and kernels[-1] == "sm90_forward"
+    assert (kernels[0] == "sm90_small") == (seqlen <= (700 if head_dim == 64 else 512))
+    assert ("sm90_stream" in kernels) == (head_dim == 64 and seqlen <= 2048)
 
 
 @needs_sm90
@@ -458,6 +476,28 @@ def test_what_the_small_kernel_leaves_to_the_large_one(device):
     assert p.kernel == "sm90_small" and p.packed_heads == 8 and "8 query heads" in p.reason
     for name in ("a100", "b200"):
         assert small_plan(1, 512, 8, 64, name=name).kernel == "sm80_forward"
+
+
+@needs_sm90
+def test_what_the_stream_kernel_leaves_to_others(device, monkeypatch):
+    """Masks, heads that share a tile, general scores, larger heads, nothing to do, longer lists than a block has room
+    for."""
+    check_stream(small_plan(8, 512, 8, 64), 8, 512, 8, 512)
+    check_stream(small_plan(8, 512, 8, 40, heads_k=2), 8, 512, 8, 512)
+    masks = [{"causal": True}, {"window": (100, 0)}, {"window": (None, 3)}]
+    for options in (*masks, {"softcap": 20.0}, {"scale": -0.1}, {"batch_invariant": True}):
+        assert small_plan(8, 512, 8, 64, **options).kernel == "sm90_forward"
+    assert small_plan(64, 5, 32, 64, 400, 4).packed_heads == 8
+    monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "stream")
+    assert "forced" in small_plan(8, 8, 8, 8).reason
+    for options in masks:
+        assert small_plan(8, 512, 8, 64, **options).kernel == "sm90_forward"
+    assert small_plan(64, 5, 32, 64, 400, 4).kernel == "sm90_forward"
+    assert small_plan(8, 512, 8, 72).kernel == "sm90_forward"
+    assert shape_plan("h100", (8, 512, 8, 64), (8, 0, 8, 64)).kernel == "sm90_forward"
+    assert small_plan(1, 128, 1, 64, 100000).kernel == "sm90_stream"
+    kernels = [small_plan(tiles, 128, 1, 64).kernel for tiles in (32 * 264, 32 * 264 + 1)]
+    assert kernels == ["sm90_stream", "sm90_forward"]
 
 
 @needs_sm90

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hopper kernel for small problems, forced in every form: held to the numeric standard; and what is its own: parts
-without keys, the merge over warpgroups and blocks, launches that begin before the kernel before has ended."""
+"""The Hopper kernel for small problems, forced in every form, and the stream kernel: held to the numeric standard; and
+what is their own: parts without keys, the merge over warpgroups and blocks, blocks with several tiles, launches that
+begin before the kernel before has ended."""
 
 from __future__ import annotations
 
@@ -8,8 +9,7 @@ import itertools
 import math
 
 import pytest
-from arrays import SMALL_FORMS as FORMS
-from arrays import Arrays, backends, devices, on, place, small_form, torch
+from arrays import SMALL_FORMS, STREAM, Arrays, backends, devices, on, place, small_form, torch
 from reference import PLAIN, Options, assert_attention
 
 import flashcore
@@ -17,6 +17,7 @@ import flashcore
 HOPPER = "cuda" in devices() and "sm90" in backends("cuda")
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0, and code for sm_90a")
 
+FORMS = (*SMALL_FORMS, STREAM)
 DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (8, 32, 40, 64, 72, 96, 128)
 # Around the edges of chunks of 64 and 128 keys, of tiles of 64 and 128 rows, and of the parts of a tile's keys.
@@ -40,7 +41,7 @@ def arrays() -> Arrays:
 
 @pytest.fixture
 def force(monkeypatch):
-    """Forces the small kernel in a form."""
+    """Forces the small kernel in a form, or the stream kernel."""
 
     def set_form(form: tuple[int, int, int]) -> None:
         monkeypatch.setenv("FLASHCORE_SM90_KERNEL", small_form(form))
@@ -54,8 +55,15 @@ def holds(head_dim: int, seqlen_k: int, form: tuple[int, int, int]) -> bool:
 
 
 def planned(query, key, value, form, options=PLAIN):
-    """Also that it is the form, where that has an instance of the head dimension and kind of score."""
+    """Also that it is the form, where that has an instance of the head dimension and kind of score. Where the stream
+    kernel has none, a mask hides keys or heads would share its tiles, the large one is taken."""
     plan = flashcore.plan(query, key, value, **options.keywords())
+    if form == STREAM:
+        plain = not options.softcap and options.scale_for(query.shape[3]) > 0
+        masks = options.causal or options.window is not None
+        streams = plan.head_dim == 64 and plain and not masks and plan.packed_heads == 1 and key.shape[1] > 0
+        assert plan.kernel == ("sm90_stream" if streams else "sm90_forward"), plan
+        return plan
     assert plan.kernel == "sm90_small", plan
     if plan.head_dim == 64 and not options.softcap and options.scale_for(64) > 0:
         assert (plan.tile_q, plan.splits, plan.threads) == (form[0], form[1] * form[2], 2 * form[0] * form[1]), plan
@@ -63,8 +71,11 @@ def planned(query, key, value, form, options=PLAIN):
 
 
 def run(arrays, query, key, value, form, options=PLAIN, what="") -> None:
-    """Runs bshd arrays into poison between poison, with the log-sum-exp and without, and checks the results."""
-    planned(query, key, value, form, options)
+    """Runs bshd arrays into poison between poison, with the log-sum-exp and without, and checks the results. Not what
+    the large kernel gets instead: without the log-sum-exp its weights are relative to no row's own maximum, and a few
+    rows judged alone scatter beyond the standard."""
+    if planned(query, key, value, form, options).kernel == "sm90_forward":
+        return
     target = place(arrays, query.shape, str(query.dtype).removeprefix("torch."), "contiguous")
     out, lse = flashcore.attention(query, key, value, out=target.view, return_lse=True, **options.keywords())
     alone = flashcore.attention(query, key, value, **options.keywords())
@@ -192,6 +203,38 @@ class TestResults:
                 assert bool(torch.isnan(out[b, i, h]).all())
                 out[b, i, h], lse[b, h, i] = clean[b, i, h], clean_lse[b, h, i]
                 assert arrays.same_bits(out, clean) and arrays.same_bits(lse, clean_lse)
+
+
+class TestStream:
+    """Blocks with several tiles of queries: more tiles than two for each multiprocessor."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_several_tiles_a_block(self, arrays, force, dtype):
+        force(STREAM)
+        for i, (batch, seqlen_q, seqlen_k, heads_q, heads_k) in enumerate(
+            ((9, 400, 300, 16, 4), (40, 128, 128, 8, 8), (20, 257, 64, 8, 8), (150, 200, 513, 8, 8))
+        ):
+            tensors = arrays.qkv(batch, seqlen_q, seqlen_k, heads_q, heads_k, 64, dtype, i, 3.0)
+            plan = planned(*tensors, STREAM)
+            assert plan.tiles > plan.blocks > 132
+            run(arrays, *tensors, STREAM, what=f"{batch} {seqlen_q} {seqlen_k}")
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_rows_whose_scores_are_all_negative(self, arrays, force, dtype):
+        """Maxima are found as integers, whose order is another one below zero: rows with scores of either sign, of one
+        sign alone, and of zero."""
+        force(STREAM)
+        query, key, value = arrays.qkv(2, 200, 300, 4, 4, 64, dtype, 21, 2.0)
+        query[:, ::3] = abs(query[:, ::3])
+        query[:, 1::9] = 0.0
+        key[0] = -abs(key[0])
+        run(arrays, query, key, value, STREAM)
+
+    def test_chosen_where_a_multiprocessor_has_a_few_tiles(self, arrays):
+        tensors = arrays.qkv(8, 512, 512, 8, 8, 64, "bfloat16", 1)
+        assert flashcore.plan(*tensors).kernel == "sm90_stream"
+        out, lse = flashcore.attention(*tensors, return_lse=True)
+        assert_attention(arrays, out, lse, *tensors)
 
 
 class TestChoice:

@@ -21,9 +21,9 @@ namespace flashcore {
 
 namespace {
 
-// A forward kernel, on the current device where that is a GPU.
+// A forward kernel, on the current device where that is a GPU. `tma_output`: whether TMA takes the output's strides.
 void launch_forward(const ForwardParams& params, DType dtype, const Plan& plan, [[maybe_unused]] void* workspace,
-                    [[maybe_unused]] void* stream) {
+                    [[maybe_unused]] void* stream, [[maybe_unused]] bool tma_output) {
   switch (plan.backend) {
     case Backend::cpu:
       cpu::forward(params, dtype, plan);
@@ -37,6 +37,8 @@ void launch_forward(const ForwardParams& params, DType dtype, const Plan& plan, 
     case Backend::sm90:
       if (std::string_view(plan.kernel) == "sm90_small") {
         sm90::small(params, dtype, plan, stream);
+      } else if (std::string_view(plan.kernel) == "sm90_stream") {
+        sm90::stream(params, dtype, plan, tma_output, stream);
       } else {
         sm90::forward(params, dtype, plan, workspace, stream);
       }
@@ -60,7 +62,8 @@ void launch(const Problem& problem, const Plan& plan, void* workspace) {
   std::optional<CurrentDevice> current;
   if (plan.backend != Backend::cpu) current.emplace(problem.query.device.index);
 #endif
-  launch_forward(forward_params(problem), problem.query.dtype, plan, workspace, problem.stream);
+  launch_forward(forward_params(problem), problem.query.dtype, plan, workspace, problem.stream,
+                 tma_encodes(problem.out));
 }
 
 void launch(const KvCacheProblem& problem, const Plan& plan, void* workspace) {
@@ -78,7 +81,7 @@ void launch(const KvCacheProblem& problem, const Plan& plan, void* workspace) {
     ForwardParams forward = params;
     forward.seqused_k = params.cache_seqlens;
     forward.keys_added = params.new_tokens;
-    launch_forward(forward, dtype, plan, workspace, problem.stream);
+    launch_forward(forward, dtype, plan, workspace, problem.stream, tma_encodes(problem.out));
     return;
   }
 #if FLASHCORE_HAS_SM90

@@ -14,6 +14,7 @@
 #include "cpu/cpu.h"
 #include "flashcore/flashcore.h"
 #include "sm90/small_tile.h"
+#include "sm90/stream_tile.h"
 
 namespace flashcore {
 namespace {
@@ -58,9 +59,10 @@ constexpr SmallTile small_tiles[] = {
 };
 
 // How the small kernel divides a problem: rows of a tile of queries, warpgroups of a block and blocks of a cluster that
-// divide its keys.
+// divide its keys. No warpgroups: the stream kernel.
 struct SmallForm {
   int tile_q, key_groups, cluster;
+  bool streams() const { return key_groups == 0; }
   bool fits(SmallTile const& tile) const {
     return tile.tile_q() == tile_q && tile.key_groups == key_groups && tile.cluster == cluster;
   }
@@ -286,10 +288,10 @@ Tiling tiling(const Problem& problem, const DeviceProperties& device, int tile_q
   return packed.tiles < plain.tiles ? packed : plain;
 }
 
-// FLASHCORE_SM90_KERNEL: "large", or "small", which may go on with a form: "small:64:2:4" is tiles of 64 rows, keys
-// over 2 warpgroups of each of 4 blocks.
+// FLASHCORE_SM90_KERNEL: "large", "stream", or "small", which may go on with a form: "small:64:2:4" is tiles of 64
+// rows, keys over 2 warpgroups of each of 4 blocks.
 struct ForcedKernel {
-  bool small = false, large = false;
+  bool small = false, large = false, stream = false;
   std::optional<SmallForm> form;
 };
 
@@ -297,6 +299,7 @@ ForcedKernel forced_kernel() {
   char const* const text = std::getenv("FLASHCORE_SM90_KERNEL");
   if (text == nullptr || text[0] == '\0') return {};
   if (std::string_view(text) == "large") return {.large = true};
+  if (std::string_view(text) == "stream") return {.stream = true};
   if (std::string_view(text) == "small") return {.small = true};
   SmallForm form{};
   int read = 0;
@@ -312,7 +315,7 @@ ForcedKernel forced_kernel() {
       if (forms.find(name) == std::string::npos) forms += (forms.empty() ? "" : ", ") + name;
     }
     throw ValueError(std::string("FLASHCORE_SM90_KERNEL: got \"") + text +
-                     "\"; expected \"large\", \"small\" or one of " + forms);
+                     "\"; expected \"large\", \"stream\", \"small\" or one of " + forms);
   }
   return {.small = true, .form = form};
 }
@@ -347,23 +350,52 @@ std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& d
   return plan;
 }
 
-// The row of the table of choices for a problem with `tiles` tiles of 64 rows.
-const SmallChoice* small_choice(int head_dim, int64_t keys, int64_t tiles, const DeviceProperties& device) {
+// The plan for the stream kernel; none where it has no code for the problem (masks, heads that share a tile, general
+// scores, nothing to do), or a block no place for the list of its tiles.
+std::optional<Plan> plan_stream(const Problem& problem, const DeviceProperties& device) {
+  Sizes const s = sizes(problem);
+  bool const masks = problem.causal || problem.window_left.has_value() || problem.window_right.has_value();
+  if (s.head_dim > StreamTile::head_dim || masks || !plain_score(problem)) return std::nullopt;
+  Tiling const tiling = flashcore::tiling(problem, device, StreamTile::tile_q);
+  int64_t const blocks = std::min<int64_t>(tiling.tiles, int64_t{StreamTile::blocks_a_unit} * device.units);
+  if (tiling.packed_heads > 1 || tiling.tiles == 0 || s.seqlen_k == 0 ||
+      tiling.tiles > blocks * StreamTile::most_jobs) {
+    return std::nullopt;
+  }
+  Plan plan;
+  plan.backend = Backend::sm90;
+  plan.kernel = "sm90_stream";
+  plan.head_dim = StreamTile::head_dim;
+  plan.tile_q = StreamTile::tile_q;
+  plan.tile_k = StreamTile::tile_k;
+  plan.threads = StreamTile::threads;
+  plan.plain_score = true;
+  plan.shared_memory = StreamTile::shared_memory;
+  plan.tiles = tiling.tiles;
+  plan.blocks = blocks;
+  return plan;
+}
+
+// The row of the table of choices for a problem with `tiles` tiles of 64 rows; `streams`: whether those of the stream
+// kernel count.
+const SmallChoice* small_choice(int head_dim, int64_t keys, int64_t tiles, bool streams,
+                                const DeviceProperties& device) {
   int64_t keys_of_rows = 0;
   for (SmallChoice const& row : small_choices) {
-    if (row.head_dim != head_dim || row.keys < keys) continue;
+    if (row.head_dim != head_dim || row.keys < keys || (row.form.streams() && !streams)) continue;
     if (keys_of_rows == 0) keys_of_rows = row.keys;
     if (row.keys == keys_of_rows && tiles * SmallTile::units <= row.tiles * device.units) return &row;
   }
   return nullptr;
 }
 
-// The small kernel's plan where it is chosen or forced. Not for sequences that have to get the same bits in every
-// batch: the choice depends on how many there are.
+// The small or the stream kernel's plan where it is chosen or forced. Not for sequences that have to get the same bits
+// in every batch: the choice depends on how many there are.
 std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   ForcedKernel const forced = forced_kernel();
   if (forced.large || problem.varlen() || problem.seqused_k.present() || problem.batch_invariant) return std::nullopt;
+  if (forced.stream) return plan_stream(problem, device);
   // Beyond this no row holds, and the number of tiles might not fit its type.
   constexpr double most_tiles = 1e6;
   double const about = static_cast<double>(s.batch) * static_cast<double>(s.heads_q) * (s.seqlen_q / 64.0 + 1);
@@ -386,7 +418,9 @@ std::optional<Plan> plan_small(const Problem& problem, const DeviceProperties& d
   };
   if (forced.form) return plan_with(forced.form);
   Tiling const tiling = flashcore::tiling(problem, device, 64);
-  if (SmallChoice const* row = small_choice(head_dim, s.seqlen_k, tiling.tiles, device)) {
+  std::optional<Plan> const stream = plan_stream(problem, device);
+  if (SmallChoice const* row = small_choice(head_dim, s.seqlen_k, tiling.tiles, stream.has_value(), device)) {
+    if (row->form.streams() && !forced.small) return stream;
     std::optional<Plan> const plan = plan_with(row->form);
     // More heads of a key head than the tile has rows would each read its keys.
     bool const packs = !plan || plan->packed_heads > 1 || flashcore::tiling(problem, device, 128).packed_heads == 1;
@@ -534,6 +568,10 @@ std::string explain(const Problem& problem, const DeviceProperties& device, cons
       }
       text.append(".");
     } else if (hopper) {
+      if (std::string_view(plan.kernel) == "sm90_stream") {
+        text.append(forced_kernel().stream ? " The kernel for streams of small tiles is forced:"
+                                           : " A small problem, of more tiles than multiprocessors:");
+      }
       text.append(" ").append(std::to_string(plan.blocks)).append(" blocks share ");
       text.append(std::to_string(plan.tiles)).append(" tiles.");
     }

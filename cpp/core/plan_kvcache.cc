@@ -277,7 +277,8 @@ std::optional<Plan> plan_few_queries(const Problem& problem, const DevicePropert
   }
   // The small kernel divides keys, too, for 64 rows at once (4 sequences of 4,096 keys, 16 heads of dimension 64, a
   // query each: 40.8 us, decoded 33.9).
-  bool const is_small = std::string_view(forward.kernel) == "sm90_small" && Work(s, 1).rows > small_rows;
+  std::string_view const kernel = forward.kernel;
+  bool const is_small = (kernel == "sm90_small" || kernel == "sm90_stream") && Work(s, 1).rows > small_rows;
   if (is_small || std::getenv("FLASHCORE_SM90_KERNEL") != nullptr ||
       fills_tiles(forward, s, problem.batch_invariant, device)) {
     return std::nullopt;

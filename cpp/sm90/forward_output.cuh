@@ -28,8 +28,8 @@ struct OutputRow {
 };
 
 // A quad's part of a row that saw no key.
-template <class Config>
-__device__ __forceinline__ void write_zeros(OutputRow<Config> const& row, int head_dim) {
+template <class Row>
+__device__ __forceinline__ void write_zeros(Row const& row, int head_dim) {
   for (int column = threadIdx.x % 4 * 8; column < head_dim; column += 32) {
     *reinterpret_cast<uint4*>(row.out + column) = uint4{};
   }
@@ -63,9 +63,8 @@ __device__ __forceinline__ void store_lse(Arguments<typename Config::Score> cons
 // Writes row `half` of this lane's two, times `factor`. The lanes of a quad hold two columns of each eight; neighbours
 // exchange a pair, and each writes four columns, eight bytes: a quad writes 32 at once. (Exchanges among all four for
 // 16 bytes a lane took 3% of a call of 1,024 tokens more, none at all 5%.)
-template <class Config, int n>
-__device__ __forceinline__ void write_row(OutputRow<Config> const& row, int half, int head_dim, float const (&o)[n],
-                                          float factor) {
+template <class Config, class Row, int n>
+__device__ __forceinline__ void write_row(Row const& row, int half, int head_dim, float const (&o)[n], float factor) {
   int const t = threadIdx.x % 4;
   bool const odd = t & 1;
 #pragma unroll

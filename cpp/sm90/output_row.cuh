@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a tile's rows go, for a kernel whose blocks know it from their own numbers: sm90_small.
+// Where a tile's rows go, for the kernels whose blocks know it from their own numbers: sm90_small and sm90_stream.
 #pragma once
 
 #include "sm90/forward_block.cuh"

@@ -16,6 +16,9 @@ void forward(ForwardParams params, DType dtype, const Plan& plan, void* workspac
 // The same for a plan of the kernel for small problems, "sm90_small".
 void small(const ForwardParams& params, DType dtype, const Plan& plan, void* stream);
 
+// The same for a plan of the kernel "sm90_stream". `stores_by_tma`: whether TMA takes the output's strides.
+void stream(const ForwardParams& params, DType dtype, const Plan& plan, bool stores_by_tma, void* stream);
+
 // Attention over a cache, for a plan of "sm90_decode" or "sm90_decode_cluster".
 void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream);
 

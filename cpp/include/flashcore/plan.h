@@ -37,7 +37,7 @@ int cuda_device_count();
 // What a call would run. A plain value: the same problem and device give the same plan.
 struct Plan {
   Backend backend = Backend::cpu;
-  const char* kernel = "";    // "sm90_forward", "sm90_small", "sm80_forward", "cpu_forward"; kvcache.h
+  const char* kernel = "";    // "sm90_forward", "sm90_small", "sm90_stream", "sm80_forward", "cpu_forward"; kvcache.h
   int head_dim = 0;           // the head dimension of the kernel's instance: the problem's, or the next larger one
   int tile_q = 0;             // rows of queries and
   int tile_k = 0;             // keys of one tile; sm90_small: that a block has room for
