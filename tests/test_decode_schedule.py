@@ -272,7 +272,9 @@ def test_plan_of_clusters(device):
         p = decode_plan("h100", heads_q=heads_k, heads_k=heads_k, head_dim=64, keys=8192)
         assert p.blocks == heads_k * cluster and p.splits == 1 and clusters(p) == cluster
     # A few sequences, each as if it were alone, while all blocks run at once.
-    few = ((2, 8, 128, 8), (4, 8, 128, 8), (2, 4, 128, 8), (4, 32, 64, 2), (2, 16, 64, 4))
+    few = ((2, 8, 128, 8), (3, 8, 128, 8), (2, 4, 128, 8), (4, 32, 64, 2), (2, 16, 64, 4))
+    # Of 32 clusters of 8, or 64 of 4, some would have to wait: half as many blocks.
+    few += ((4, 8, 128, 4), (4, 16, 64, 2))
     for batch, heads_k, head_dim, cluster in few:
         p = decode_plan("h100", batch, heads_q=4 * heads_k, heads_k=heads_k, head_dim=head_dim, keys=8192)
         assert p.blocks == batch * heads_k * cluster * p.splits <= 264 and clusters(p) == cluster

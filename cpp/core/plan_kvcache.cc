@@ -173,10 +173,17 @@ Division in_clusters(int64_t items, const Work& work, int most, bool by_own_leng
   return {cluster, static_cast<int>(std::clamp<int64_t>(parts, 1, whole_parts)), by_own_length};
 }
 
+// Blocks that run at once. Clusters of 4 and 8 find room on 120 of 132 multiprocessors, which stand in groups of 16 and
+// 18, some of less (an H100, two blocks a multiprocessor: 132 clusters of 2, 62 of 4, 30 of 8).
+int64_t blocks_at_once(const DeviceProperties& device, const HopperDecodeTile& tile, int cluster) {
+  int64_t const units = cluster > 2 ? int64_t{device.units} * 10 / 11 : device.units;
+  return units * tile.blocks_a_unit();
+}
+
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
                      HopperDecodeTile const& tile) {
   bool const one_row_tile = work.rows <= tile.rows();
-  int64_t const at_once = int64_t{device.units} * tile.blocks_a_unit(), batch = problem.query.shape[0];
+  int64_t const batch = problem.query.shape[0];
   // As if the sequence were alone.
   if (problem.batch_invariant) return in_clusters(work.lines, work, one_row_tile ? most_blocks : 2 * most_blocks, true);
   if (one_row_tile) {
@@ -190,12 +197,16 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
     // heads 20.4 us, in 33 parts 26.5. Tiles of half the size are read by twice as many blocks if there is one sequence
     // alone: 8,192 keys of 32 heads of dimension 64 31.8 us (by 64 blocks 38.7), two sequences of 16 heads 36.9 (32.2).
     int const most = batch == 1 && tile.head_dim <= 64 ? 2 * most_blocks : most_blocks;
-    Division const alone = in_clusters(work.lines, work, most, batch > 1);
-    bool const fits = batch * work.lines * alone.cluster * alone.parts <= at_once;
-    if (work.lines <= most && fits && alone.cluster <= work.tiles_a_line) return alone;
+    Division alone = in_clusters(work.lines, work, most, batch > 1);
+    auto const fits = [&] {
+      return batch * work.lines * alone.cluster * alone.parts <= blocks_at_once(device, tile, alone.cluster);
+    };
+    // In half as many blocks where some would have to wait.
+    if (batch <= 4 && alone.cluster > 1 && !fits()) alone.cluster /= 2;
+    if (work.lines <= most && fits() && alone.cluster <= work.tiles_a_line) return alone;
   }
   // All blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
-  int64_t parts = at_once / work.items;
+  int64_t parts = blocks_at_once(device, tile, 1) / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
   return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false};
 }
