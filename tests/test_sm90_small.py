@@ -212,7 +212,7 @@ class TestStream:
     def test_several_tiles_a_block(self, arrays, force, dtype):
         force(STREAM)
         for i, (batch, seqlen_q, seqlen_k, heads_q, heads_k) in enumerate(
-            ((9, 400, 300, 16, 4), (40, 128, 128, 8, 8), (20, 257, 64, 8, 8), (150, 200, 513, 8, 8))
+            ((9, 400, 300, 16, 16), (40, 128, 128, 8, 8), (20, 257, 64, 8, 8), (150, 200, 513, 8, 8))
         ):
             tensors = arrays.qkv(batch, seqlen_q, seqlen_k, heads_q, heads_k, 64, dtype, i, 3.0)
             plan = planned(*tensors, STREAM)
