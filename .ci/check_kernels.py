@@ -5,8 +5,8 @@ kernels consist of what they were written for.
 python .ci/check_kernels.py <cuobjdump> <module>, with nvdisasm beside cuobjdump. Prints how many registers the kernels
 use and how many of Hopper's instructions there are; exits with 1 and names the kernels where one has a stack (spilled
 registers, arrays that the compiler could not keep in registers) or local memory, where a forward kernel for sm_90a,
-or one for small problems, has no wgmma (HGMMA) or no TMA load (UTMALDG), or one for decoding no TMA load, or where the
-module holds no kernel, or none for sm_90a, at all.
+or one for small problems or for decoding, has no wgmma (HGMMA) or no TMA load (UTMALDG), or where the module holds no
+kernel, or none for sm_90a, at all.
 """
 
 import os
@@ -16,8 +16,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-NEEDED = {"forward_kernel": ("HGMMA", "UTMALDG"), "small_kernel": ("HGMMA", "UTMALDG"), "decode_kernel": ("UTMALDG",)}
 HOPPER = ("HGMMA", "UTMALDG")
+NEEDED = {kernel: HOPPER for kernel in ("forward_kernel", "small_kernel", "decode_kernel")}
 FORBIDDEN = ("LDL", "STL")  # local memory: what the resource usage calls a stack
 INSTRUCTION = re.compile(rf"/\*[0-9a-f]{{4,}}\*/.*?\b({'|'.join(HOPPER + FORBIDDEN)})\b")
 

@@ -219,8 +219,9 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   Division const division = division_of(problem, device, work, tile);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
   int const cluster_rows = division.cluster > 1 ? part_rows : 0;
-  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
-  int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
+  int const reserved = division.cluster > 1 && division.parts == 1 ? 0 : merge_shared_memory;
+  int const bytes = (device.shared_memory_per_unit - reserved) / blocks_a_unit - 1024;
+  int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes));
 
   Plan plan;
   plan.backend = Backend::sm90;
@@ -327,9 +328,7 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   if (plan.backend == Backend::cpu) return explain(options_of(problem), device, plan);
   if (!decodes(plan)) return explain(forward_of(problem), device, plan);
   bool const hopper = plan.backend == Backend::sm90;
-  int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
-  int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
-                                                                                          plan.cluster > 1 ? rows : 0)
+  int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory)
                             : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a warp of the decode kernels does with its 16 keys of a tile, and the values of them: the products with all rows
-// of queries, and the rows' online softmax. The kernels differ in how keys and values come to shared memory.
+// What a warp of the sm80 decode kernel does with its 16 keys of a tile, and the values of them: the products with all
+// rows of queries, and the rows' online softmax. And how new keys and values get into the cache, on sm90, too.
 #pragma once
 
 #include "attention/quad.cuh"

@@ -4,11 +4,14 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include <type_traits>
+
 #include "attention/dependent.cuh"
 #include "sm80/decode_rows.cuh"
 #include "sm90/cluster.h"
 #include "sm90/decode_parts.cuh"
 #include "sm90/decode_tile.h"
+#include "sm90/tensor_core.h"
 #include "sm90/tensor_map.h"
 
 namespace flashcore::sm90 {
@@ -27,8 +30,13 @@ struct DecodeConfig {
   static_assert(tile_k == key_warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
 
   static constexpr int panels = tile.panels();
+  // The logarithm of the largest weight, so that the element type holds it, and sums of it are far from infinite.
+  static constexpr float slack = std::is_same_v<Element, __half> ? 14.0f : 40.0f;
+  // And of the least of a group's first tile, by which references may begin as 0.
+  static constexpr float least = std::is_same_v<Element, __half> ? -4.0f : -40.0f;
   static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
   static constexpr int blocks_a_unit = tile.blocks_a_unit();
+  static constexpr int groups = HopperDecodeTile::groups, group_threads = consumers / groups;
 };
 
 struct DecodeArguments {
@@ -45,31 +53,72 @@ struct DecodeArguments {
   bool late;                 // the kernel behind starts when all tiles have been asked for; else at once
 };
 
-// Keys or values in shared memory as TMA writes them with its 128-byte swizzle: box after box, of a box panels of 64
-// columns, a row of a panel 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. A warp's keys lie in one
-// box.
-struct BoxTile {
-  int panel_bytes;
+// A tile of keys or values, or of the block's queries, lies in shared memory as tensor_core.h has it: panels of 64
+// columns. Where a row's 16-byte chunk lies in a tile of `rows` rows:
+template <int rows>
+__device__ __forceinline__ int panel_offset(int row, int chunk) {
+  return chunk / 8 * rows * row_bytes + row * row_bytes + ((chunk ^ row) & 7) * 16;
+}
 
-  __device__ __forceinline__ int offset(int row, int chunk) const {
-    return chunk / 8 * panel_bytes + row * 128 + ((chunk ^ row) & 7) * 16;
-  }
-  // The offset that is `slices` slices of 16 columns to the right of `offset`, which lies in the first.
-  __device__ __forceinline__ uint32_t right(uint32_t offset, int slices) const {
-    return (offset ^ (32 * (slices % 4))) + slices / 4 * panel_bytes;
-  }
-};
-
-// What a consumer warp has in registers: of a slice of 16 rows.
+// What a consumer's lane has in registers. The products' rows are keys, then the output's columns: lane l of warp w has
+// those that are l / 4 and l / 4 + 8 past the w-th 16 of each 64. Their columns are the rows of queries, of which it
+// has row(i) for i < rows_held.
 template <class Config>
-using Work = sm80::DecodeRows<typename Config::Element, Config::head_dim, 1, BoxTile>;
+struct Work {
+  static constexpr int rows_held = Config::rows / 4;
+  float o[Config::panels][Config::rows / 2];
+  float sum[rows_held];  // of the weights of the lane's own keys
+
+  static __device__ __forceinline__ int row(int i, int lane) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) {
+#pragma unroll
+      for (int i = 0; i < Config::rows / 2; ++i) o[m][i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < rows_held; ++i) sum[i] = 0.0f;
+  }
+  static constexpr float no_reference = -3.0e38f;  // any score is above it
+};
 
 // --- instructions ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void consumers_sync(int threads) {
   asm volatile("barrier.cta.sync.aligned 1, %0;" ::"r"(threads) : "memory");
 }
-// The producer's warp says that the part is known, and the barriers are set up; the consumers wait for that.
+// The consumers of a group; and whether `x` is true for any of them.
+__device__ __forceinline__ void group_sync(int group, int threads) {
+  if (group == 0) {
+    asm volatile("barrier.cta.sync.aligned 3, %0;" ::"r"(threads) : "memory");
+  } else {
+    asm volatile("barrier.cta.sync.aligned 4, %0;" ::"r"(threads) : "memory");
+  }
+}
+__device__ __forceinline__ bool group_any(int group, int threads, bool x) {
+  int any;
+  if (group == 0) {
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, 3, %2, p;\n"
+        "selp.b32 %0, 1, 0, q;\n}"
+        : "=r"(any)
+        : "r"(int{x}), "r"(threads)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, 4, %2, p;\n"
+        "selp.b32 %0, 1, 0, q;\n}"
+        : "=r"(any)
+        : "r"(int{x}), "r"(threads)
+        : "memory");
+  }
+  return any != 0;
+}
+template <class Config>
+__device__ __forceinline__ void producers_sync() {
+  asm volatile("barrier.cta.sync.aligned 5, %0;" ::"n"(32 * Config::groups) : "memory");
+}
+// The producers say that the part is known, and the barriers are set up; the consumers wait for that.
 template <class Config>
 __device__ __forceinline__ void tell_part() {
   asm volatile("barrier.cta.arrive.aligned 2, %0;" ::"n"(Config::threads) : "memory");
@@ -96,9 +145,9 @@ __device__ __forceinline__ void store(bool acts, float* to, float4 x) {
                "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(int{acts})
                : "memory");
 }
-__device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x, float y) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p st.shared.v2.f32 [%0], {%1, %2};\n}" ::"r"(to), "f"(x),
-               "f"(y), "r"(int{acts})
+__device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(to), "f"(x),
+               "r"(int{acts})
                : "memory");
 }
 // To the shared memory of a block of the cluster, whose barrier counts the bytes.
@@ -128,7 +177,7 @@ struct DecodePart {
   int first, count, step;
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
-  bool ahead;                // the first tile was asked for before the lengths were known
+  int ahead;                 // groups whose first tile was asked for before the lengths were known
 };
 static_assert(sizeof(DecodePart) <= 64);
 
@@ -176,42 +225,54 @@ struct DecodeMemory {
   int stages;
 
   __device__ __forceinline__ char* queries() const { return base; }
-  // (key_warps, rows), and as many sums behind them
-  __device__ __forceinline__ float* maxima() const { return reinterpret_cast<float*>(base + tile.q_bytes()); }
-  __device__ __forceinline__ float* sums() const { return maxima() + Config::key_warps * Config::rows; }
-  __device__ __forceinline__ DecodeBarrier* full_keys() const {
-    return reinterpret_cast<DecodeBarrier*>(base + tile.q_bytes() + tile.state_bytes());
+  // Of a tile's keys, (rows, 64), of each group
+  __device__ __forceinline__ char* weights(int group) const {
+    return base + tile.q_bytes() + group * tile.weights_bytes();
   }
-  __device__ __forceinline__ DecodeBarrier* full_values() const { return full_keys() + most_stages; }
-  __device__ __forceinline__ DecodeBarrier* empty() const { return full_keys() + 2 * most_stages; }
-  __device__ __forceinline__ DecodeBarrier* received_all() const { return full_keys() + 3 * most_stages; }
+  // A group's maxima or sums, (key_warps, rows), in its weights' place.
+  __device__ __forceinline__ float* states(int group) const { return reinterpret_cast<float*>(weights(group)); }
+  // Of a group's slots, which hold its tiles' keys and values in turn.
+  __device__ __forceinline__ DecodeBarrier* full(int group) const {
+    return reinterpret_cast<DecodeBarrier*>(weights(Config::groups)) + group * most_stages;
+  }
+  __device__ __forceinline__ DecodeBarrier* empty(int group) const { return full(Config::groups + group); }
+  // A group's products with its weights have ended.
+  __device__ __forceinline__ DecodeBarrier& weights_read(int group) const { return full(2 * Config::groups)[group]; }
+  __device__ __forceinline__ DecodeBarrier* received_all() const { return full(2 * Config::groups) + Config::groups; }
   __device__ __forceinline__ DecodePart& part() const { return *reinterpret_cast<DecodePart*>(received_all() + 2); }
-  // Where there are pages, a bit for each box of a stage whose page does not exist.
-  __device__ __forceinline__ uint32_t* absent() const {
-    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64);
+  // Where there are pages, a bit for each box of a slot's keys whose page does not exist.
+  __device__ __forceinline__ uint32_t* absent(int group) const {
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64) + group * most_stages;
   }
 
-  __device__ __forceinline__ char* keys(int stage) const {
-    return base + tile.head_bytes() + stage * Config::stage_bytes;
+  // A weight of a group's is 2 ^ (score * factor - reference of the row).
+  __device__ __forceinline__ float* references(int group) const {
+    return reinterpret_cast<float*>(absent(Config::groups)) + group * Config::rows;
   }
-  __device__ __forceinline__ char* values(int stage) const { return keys(stage) + Config::kv_bytes; }
-  // (key_warps, rows, merge_stride), when the stages have been read
-  __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(keys(0)); }
-  // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows)
+
+  // As many slots a group as there are stages, of keys and values, for all.
+  __device__ __forceinline__ char* slot(int group, int i) const {
+    static_assert(Config::groups == 2 && Config::stage_bytes == 2 * Config::kv_bytes);
+    return base + tile.head_bytes() + (group * stages + i) * Config::kv_bytes;
+  }
+  // (groups, rows, merge_stride), when the stages have been read
+  __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(slot(0, 0)); }
+  // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows). In the stages' place,
+  // too: a block sends when all have read theirs.
   __device__ __forceinline__ float* received() const {
-    constexpr int head_bytes = tile.head_bytes(), merge_bytes = tile.merge_bytes();
-    return reinterpret_cast<float*>(base + head_bytes + max_of(stages * Config::stage_bytes, merge_bytes));
+    constexpr int merge_bytes = tile.merge_bytes();
+    return reinterpret_cast<float*>(slot(0, 0) + merge_bytes);
   }
   __device__ __forceinline__ float* received_lse(int rows) const { return received() + rows * Config::head_dim; }
 };
 
-// A place in the ring: stages are filled and emptied in turn, and the barriers' phase flips each time around.
-struct StagePlace {
-  int stage = 0;
+// A place in a group's ring: slots are filled and emptied in turn, and the barriers' phase flips each time around.
+struct SlotPlace {
+  int slot = 0;
   uint32_t phase = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
+  __device__ __forceinline__ void advance(int slots) {
+    if (++slot == slots) {
+      slot = 0;
       phase ^= 1;
     }
   }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of the Hopper decode kernel that multiply what has come, each 16 keys of every tile.
+// The warps of the Hopper decode kernel that multiply what has come: a group of four each 16 keys of every other tile.
 #pragma once
 
 #include "sm90/decode_block.cuh"
 
 namespace flashcore::sm90 {
 
-// Puts rows that TMA has not brought in place of what it has: of the warp's 16, rows begin to end are new tokens, row r
-// being token first_token + r, and the rest, of values, is cleared.
+// Puts rows that TMA has not brought in place of what it has: of the warp's 16, from tile_row on, rows begin to end are
+// new tokens, row r being token first_token + r, and the rest, of values, is cleared.
 template <class Config>
 __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void const*> const& appended, bool clears,
-                                      BoxTile const& tile, char* rows, DecodePart const& part, int begin, int end,
+                                      char* tile, int tile_row, DecodePart const& part, int begin, int end,
                                       int first_token, int lane) {
   using Element = typename Config::Element;
   constexpr int chunks = Config::head_dim / 8;
@@ -23,7 +23,7 @@ __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void con
           static_cast<Element const*>(appended.data) + part.sequence * appended.batch_stride +
           (first_token + row) * appended.row_stride + part.head * appended.head_stride + chunk * 8));
     }
-    *reinterpret_cast<uint4*>(rows + tile.offset(row, chunk)) = x;
+    *reinterpret_cast<uint4*>(tile + panel_offset<Config::tile_k>(tile_row + row, chunk)) = x;
   }
 }
 
@@ -85,11 +85,56 @@ __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
   }
 }
 
+// Raises the rows' references to the largest of a tile's scores, and multiplies sums and output by what that changes.
+// `begins`: the tile is the group's first, and the references are its largest scores.
+// All consumers of a group come here together.
+template <class Config>
+__device__ __forceinline__ void raise_references(DecodeMemory<Config> const& shared, Work<Config>& work,
+                                                 float const (&s)[Config::rows / 2], float factor, bool begins,
+                                                 int warp, int lane) {
+  constexpr int rows_held = Work<Config>::rows_held;
+  int const group = warp / Config::key_warps;
+  float* const states = shared.states(group);  // nobody reads the weights now
+#pragma unroll
+  for (int r = 0; r < rows_held; ++r) {
+    int const x = r / 2 * 4 + r % 2;
+    float most = fmaxf(s[x], s[x + 2]) * factor;
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    if (lane < 4) states[warp % Config::key_warps * Config::rows + Work<Config>::row(r, lane)] = most;
+  }
+  group_sync(group, Config::group_threads);
+  float ratio[rows_held], raised[rows_held];
+#pragma unroll
+  for (int r = 0; r < rows_held; ++r) {
+    int const row = Work<Config>::row(r, lane);
+    float const before = begins ? Work<Config>::no_reference : shared.references(group)[row];
+    float reference = before;
+#pragma unroll
+    for (int w = 0; w < Config::key_warps; ++w) {
+      reference = fmaxf(reference, states[w * Config::rows + row]);
+    }
+    ratio[r] = exp2_of(before - reference);
+    work.sum[r] *= ratio[r];
+    raised[r] = reference;
+  }
+  group_sync(group, Config::group_threads);  // all have read both
+  if (warp % Config::key_warps == 0 && lane < 4) {
+#pragma unroll
+    for (int r = 0; r < rows_held; ++r) shared.references(group)[Work<Config>::row(r, lane)] = raised[r];
+  }
+  group_sync(group, Config::group_threads);
+#pragma unroll
+  for (int m = 0; m < Config::panels; ++m) {
+#pragma unroll
+    for (int x = 0; x < Config::rows / 2; ++x) work.o[m][x] *= ratio[x / 4 * 2 + x % 2];
+  }
+}
+
 template <class Config>
 __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared,
                                         Work<Config>& work, int warp, int lane) {
   using Element = typename Config::Element;
-  using Queries = sm80::SharedTile<Config::head_dim>;
   constexpr int rows = Config::rows, chunks = Config::head_dim / 8, consumers = Config::consumers;
   sm80::DecodeParams const& p = a.p;
   DecodePart const& part = shared.part();
@@ -114,72 +159,163 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     int const row = i / chunks, chunk = i % chunks;
     Element const* const source = static_cast<Element const*>(p.q.data) +
                                   row_offset(p.q, place_of_q.sequence, row_place(a, place_of_q, row)) + chunk * 8;
-    sm80::copy_async(shared_q + Queries::offset(row, chunk), source,
+    sm80::copy_async(shared_q + panel_offset<rows>(row, chunk), source,
                      row < place_of_q.valid_rows && chunk * 8 < p.head_dim);
   }
   sm80::copy_commit();
+  if (threadIdx.x < Config::groups * rows) shared.references(0)[threadIdx.x] = 0.0f;
   if (known) wait_for_part<Config>();
   if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
   sm80::copy_wait_all();
-  consumers_sync(consumers);  // the queries are here
+  cutlass::arch::fence_view_async_shared();
+  consumers_sync(consumers);  // the queries are here, for the products, too
 
-  // This lane's rows of the operands, as in the forward kernel.
-  int const slice = warp / Config::key_warps, key_warp = warp % Config::key_warps;
-  uint32_t const from_q = shared_q + Queries::offset(slice * 16 + lane % 16, lane / 16);
-  int const tile_key = key_warp * Config::warp_keys;  // of a tile, this warp's first
-  BoxTile const box{128 << a.log_box};
-  int const in_tile =
-      (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
-  int const lane_k = in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  int const lane_v = in_tile + box.offset(lane % 16, lane / 16);
-  work.start(from_q);
-  StagePlace place;
+  // The groups take the tiles in turn. Of a tile, this warp's first key:
+  int const group = warp / Config::key_warps, tile_key = warp % Config::key_warps * Config::warp_keys;
+  float const factor = p.score.factor;
+  SlotPlace place;
   int const count = part.count;
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    int const tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
-    char* const stage_keys = shared.keys(place.stage);
-    shared.full_keys()[place.stage].wait(place.phase);
-    bool const here = p.page_table == nullptr || (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
-    bool const patched = here && first + Config::warp_keys > part.cached;
-    // One slice's warps do it for all, which then come together wherever a tile has such rows for any warp.
-    auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile_rows) {
-      if (patched && slice == 0) {
-        patch<Config>(p, appended, clears, box, tile_rows + in_tile, part,
-                      clamp_to(part.cached - first, 0, Config::warp_keys),
-                      clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
-        cutlass::arch::fence_view_async_shared();  // before TMA writes there again
-      }
-      if constexpr (Config::slices == 1) {
-        __syncwarp();
-      } else {
-        consumers_sync(consumers);
-      }
-    };
-    bool const has_edge = Config::slices == 1 ? patched : (tile + 1) * Config::tile_k > part.cached;
-    if (has_edge && p.new_tokens > 0) patch_with(p.new_k, false, stage_keys);
-
-    float s[1][2][4];
-    uint32_t weights[1][4];
-    work.scores(s, from_q, box, shared_address(stage_keys) + lane_k);
-    if (!p.plain_score) work.transform(s, p.score);
-    if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
-      work.hide(
-          s, cache_mask(p, part.keys), first, part.first_row + slice * 16,
-          [&](int row) { return a.group.quotient(row); }, here, lane);
-    }
-    work.softmax(s, weights, p.score.factor);
-
-    shared.full_values()[place.stage].wait(place.phase);
-    if (has_edge) patch_with(p.new_v, true, shared.values(place.stage));
-    work.output(weights, box, shared_address(stage_keys) + Config::kv_bytes + lane_v);
-    __syncwarp();  // all lanes are done with the stage
-    if (lane == 0) shared.empty()[place.stage].arrive();
+  auto const release = [&] {
+    __syncwarp();  // all lanes are done with it
+    if (lane == 0) shared.empty(group)[place.slot].arrive();
     place.advance(shared.stages);
+  };
+  auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile, int first, bool here) {
+    if (here && first + Config::warp_keys > part.cached) {
+      patch<Config>(p, appended, clears, tile, tile_key, part, clamp_to(part.cached - first, 0, Config::warp_keys),
+                    clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
+    }
+    cutlass::arch::fence_view_async_shared();  // the products read it, and TMA writes there again
+    group_sync(group, Config::group_threads);
+  };
+
+  uint32_t const to = shared_address(shared.weights(group));
+  uint64_t const queries = operand(shared_q, 0), slots = operand(shared_address(shared.slot(group, 0)), 0),
+                 weights_operand = operand(to, 0);
+  auto const end_products = [&] {
+    cute::warpgroup_wait<0>();
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
+  };
+  work.clear();
+#pragma unroll 1
+  for (int i = group; i < count; i += Config::groups) {
+    int const turn = i / Config::groups, tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
+    shared.full(group)[place.slot].wait(place.phase);
+    bool const here = p.page_table == nullptr ||
+                      (shared.absent(group)[place.slot] >> ((tile_key >> a.log_box) * a.column_boxes) & 1) == 0;
+    bool const has_edge = (tile + 1) * Config::tile_k > part.cached;
+    if (has_edge && p.new_tokens > 0) patch_with(p.new_k, false, shared.slot(group, place.slot), first, here);
+
+    float s[rows / 2];
+    hold(s);
+    cute::warpgroup_arrive();
+    uint64_t const keys = behind(slots, place.slot * Config::kv_bytes);
+#pragma unroll
+    for (int d = 0; d < Config::head_dim / 16; ++d) {
+      int const panel = d / 4, right = d % 4 * 32;
+      multiply_shared<Element, rows, wgmma::Major::K>(s, behind(keys, panel * Config::tile_k * row_bytes + right),
+                                                      behind(queries, panel * rows * row_bytes + right), d > 0);
+    }
+    cute::warpgroup_commit_batch();
+    hold(s);
+    if (i >= Config::groups) shared.weights_read(group).wait(~turn & 1);
+    end_products();
+    hold(s);
+    release();
+    if (!p.plain_score) {
+      p.score.transform_all([&](auto transform) {
+#pragma unroll
+        for (int x = 0; x < rows / 2; ++x) s[x] = transform(s[x]);
+      });
+    }
+    if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
+      Mask const mask = cache_mask(p, part.keys);
+      int const key = first + lane / 4;
+#pragma unroll
+      for (int r = 0; r < Work<Config>::rows_held; ++r) {
+        int const token = a.group.quotient(part.first_row + Work<Config>::row(r, lane));
+        int const first_key = mask.first_key(token), end_key = here ? mask.end_key(token) : first_key;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (key + 8 * half < first_key || key + 8 * half >= end_key)
+            s[r / 2 * 4 + half * 2 + r % 2] = minus_infinity();
+        }
+      }
+    }
+
+    // The weights, by references that are as they were, 0 at first, unless a weight would exceed what there is room
+    // for, or the first tile has some that are too small.
+    float sum[Work<Config>::rows_held];
+    auto const weigh = [&] {
+      float most = minus_infinity(), least = 0.0f;
+#pragma unroll
+      for (int j = 0; j < rows / 16; ++j) {
+        float w[8];
+        float2 reference[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          reference[h] =
+              *reinterpret_cast<float2 const*>(shared.references(group) + Work<Config>::row(4 * j + 2 * h, lane));
+        }
+#pragma unroll
+        for (int x = 0; x < 8; ++x) {
+          float const power = s[8 * j + x] * factor - (x % 2 == 0 ? reference[x / 4].x : reference[x / 4].y);
+          most = fmaxf(most, power);
+          if constexpr (rows == 16) least = fminf(least, power);
+          w[x] = exp2_of(power);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sum[4 * j + r] = w[r / 2 * 4 + r % 2] + w[r / 2 * 4 + 2 + r % 2];
+        // This lane's row of the four matrices that are stored, each transposed: eight rows' weights of eight keys.
+        int const row = j * 16 + lane / 16 * 8 + lane % 8, chunk = tile_key / 8 + lane / 8 % 2;
+        using P = Precision<Element>;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                         to + row * row_bytes + ((chunk ^ row) & 7) * 16),
+                     "r"(P::pack(w[0], w[1])), "r"(P::pack(w[2], w[3])), "r"(P::pack(w[4], w[5])),
+                     "r"(P::pack(w[6], w[7]))
+                     : "memory");
+      }
+      cutlass::arch::fence_view_async_shared();
+      return most > Config::slack || (turn == 0 && (rows > 16 || least < Config::least));
+    };
+    if (group_any(group, Config::group_threads, weigh())) {
+      raise_references<Config>(shared, work, s, factor, turn == 0, warp, lane);
+      weigh();
+      group_sync(group, Config::group_threads);
+    }
+#pragma unroll
+    for (int r = 0; r < Work<Config>::rows_held; ++r) work.sum[r] += sum[r];
+
+    shared.full(group)[place.slot].wait(place.phase);
+    if (has_edge) patch_with(p.new_v, true, shared.slot(group, place.slot), first, here);
+    uint64_t const values = behind(slots, place.slot * Config::kv_bytes);
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int sixteen = 0; sixteen < Config::tile_k / 16; ++sixteen) {
+#pragma unroll
+      for (int m = 0; m < Config::panels; ++m) {
+        multiply_shared<Element, rows, wgmma::Major::MN>(
+            work.o[m], behind(values, (m * Config::tile_k + sixteen * 16) * row_bytes),
+            behind(weights_operand, sixteen * 32), true);
+      }
+    }
+    cute::warpgroup_commit_batch();
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
+    end_products();
+    release();
+    if (lane == 0) shared.weights_read(group).arrive();
   }
-  if (count <= 0 && part.ahead) {  // a tile was asked for in vain: it is to arrive before its place is used
-    shared.full_keys()[0].wait(0);
-    shared.full_values()[0].wait(0);
+  // All warps of the group are done with its last weights.
+  if (int const turns = (count + Config::groups - 1 - group) / Config::groups; count > group) {
+    shared.weights_read(group).wait(~turns & 1);
+  }
+  if (count <= group && part.ahead > group) {  // a tile was asked for in vain: it is to arrive before its place is used
+    shared.full(group)[0].wait(0);
+    shared.full(group)[1].wait(0);
   }
 }
 

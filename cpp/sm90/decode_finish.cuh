@@ -83,52 +83,62 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
   constexpr int head_dim = Config::head_dim, rows = Config::rows;
   constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
   DecodePart const& part = shared.part();
-  float const factor = a.p.score.factor;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
   int const blocks = 1 << a.log_cluster, columns = head_dim >> a.log_cluster, rank = blockIdx.x & (blocks - 1);
   uint32_t const received_all = shared_address(shared.received_all());
 
-  // The warps' results become one: each scales its own by its weight over the sum of all.
-  int const key_warp = warp % Config::key_warps, first_row = warp / Config::key_warps % Config::slices * 16;
+  // The sums of the warps' keys become one, and the groups' results: each scales its own by its weight over the sum of
+  // all.
+  constexpr int rows_held = Work<Config>::rows_held, key_warps = Config::key_warps;
+  int const group = warp / key_warps % Config::groups;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    SoftmaxRow const& state = work.state[0][half];
-    float const sum = quad_sum(state.sum);
-    int const at = key_warp * rows + first_row + half * 8 + lane / 4;
-    if (acts && lane % 4 == 0) shared.maxima()[at] = state.max, shared.sums()[at] = sum;
+  for (int r = 0; r < rows_held; ++r) {
+    float sum = work.sum[r];
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    int const row = Work<Config>::row(r, lane);
+    if (acts && lane < 4) shared.states(group)[warp % key_warps * rows + row] = sum;
   }
-  if (a.log_cluster > 0) cluster_wait_acquire();  // all blocks run, and may be sent to
-  if (acts) consumers_sync(consumers);            // the states are there, and nobody reads the stages any more
+  if (acts) consumers_sync(consumers);  // the sums are there, and nobody reads the stages any more
+  float lse[rows_held];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const row = first_row + half * 8 + lane / 4;
-    if (first_row + half * 8 >= part.valid_rows) continue;
-    SoftmaxRow all;
+  for (int r = 0; r < rows_held; ++r) {
+    int const row = Work<Config>::row(r, lane);
+    float reference[Config::groups], sum[Config::groups], top = Work<Config>::no_reference, total = 0.0f;
 #pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) all.max = fmaxf(all.max, read(shared.maxima() + w * rows + row));
-    float const top = all.max == minus_infinity() ? 0.0f : all.max;
+    for (int g = 0; g < Config::groups; ++g) {
+      sum[g] = 0.0f;
 #pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) {
-      all.sum +=
-          exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) * read(shared.sums() + w * rows + row);
+      for (int w = 0; w < key_warps; ++w) sum[g] += read(shared.states(g) + w * rows + row);
+      reference[g] = sum[g] == 0.0f ? Work<Config>::no_reference : read(shared.references(g) + row);
+      top = fmaxf(top, reference[g]);
     }
-    float const weight = exp2_of((work.state[0][half].max - top) * factor) * all.inverse_sum();
-    uint32_t const to = shared_address(shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2);
 #pragma unroll
-    for (int n = 0; n < head_dim / 8; ++n) {
-      store_shared(acts, to + n * 32, work.o[0][n][2 * half] * weight, work.o[0][n][2 * half + 1] * weight);
+    for (int g = 0; g < Config::groups; ++g) total += exp2_of(reference[g] - top) * sum[g];
+    lse[r] = total == 0.0f ? minus_infinity() : (top + log2_of(total)) * ln_2;
+    float const weight = total == 0.0f ? 0.0f : exp2_of((group == 0 ? reference[0] : reference[1]) - top) / total;
+    uint32_t const to =
+        shared_address(shared.outputs() + (group * rows + row) * merge_stride + warp % key_warps * 16 + lane / 4);
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) {
+      int const x = r / 2 * 4 + r % 2;
+      store_shared(acts, to + m * 256, work.o[m][x] * weight);
+      store_shared(acts, to + m * 256 + 32, work.o[m][x + 2] * weight);
     }
-    if (key_warp == 0 && row < part.valid_rows) {
-      float const lse = all.lse(factor);
-      if (a.log_cluster > 0) {
-        uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
-#pragma unroll 1
-        for (int block = lane % 4; block < blocks; block += 4) {
-          send(acts, in_block(at, block), lse, in_block(received_all, block));
-        }
-      } else if (lane % 4 == 0) {
-        write_lse(a, part, row, lse, acts);
-      }
+    if (a.log_cluster == 0 && warp % Config::warps == 0 && lane < 4 && row < part.valid_rows) {
+      write_lse(a, part, row, lse[r], acts);
+    }
+  }
+  if (a.log_cluster > 0) {
+    if (acts)
+      cluster_wait_acquire();  // all blocks have read their stages, and may be sent to
+                               // To each block by the lanes of another eighth of a warp.
+#pragma unroll
+    for (int r = 0; r < rows_held; ++r) {
+      int const row = Work<Config>::row(r, lane), block = lane / 4;
+      if (warp % Config::warps > 0 || block >= blocks || row >= part.valid_rows) continue;
+      uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
+      send(acts, in_block(at, block), lse[r], in_block(received_all, block));
     }
   }
   if (acts) consumers_sync(consumers);  // the outputs are there
@@ -136,19 +146,19 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
 #pragma unroll 1
   for (int i = threadIdx.x % consumers; i < part.valid_rows * row_pieces; i += consumers) {
     int const row = i / row_pieces, column = i % row_pieces * 4;
-    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+    float4 x{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) {
-      float4 const x =
-          read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + column));
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    for (int g = 0; g < Config::groups; ++g) {
+      float4 const y =
+          read(reinterpret_cast<float4 const*>(shared.outputs() + (g * rows + row) * merge_stride + column));
+      x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
     }
     if (a.log_cluster > 0) {
       int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
       float* const to = shared.received() + (rank * part.valid_rows + row) * columns + column - owner * columns;
-      send(acts, in_block(shared_address(to), owner), sum, in_block(received_all, owner));
+      send(acts, in_block(shared_address(to), owner), x, in_block(received_all, owner));
     } else if (column < a.p.head_dim) {
-      write<Config>(a, part, row, column, sum, acts);
+      write<Config>(a, part, row, column, x, acts);
     }
   }
   if (a.log_cluster > 0) merge_cluster<Config>(a, shared, rank, acts);

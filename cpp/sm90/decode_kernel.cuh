@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode kernel for compute capability 9.0: a few queries a sequence over a long cache, which is bound by reading
-// the cache. A block has a part of the keys of one sequence and key head. Its producer warp keeps a ring of tiles of
-// keys and values full through TMA, and four consumer warps multiply what has come. README.md beside this file tells
-// how the keys are divided and who merges.
+// the cache. A block has a part of the keys of one sequence and key head. Two groups of consumer warps take its tiles
+// in turn, each with a producer warp that keeps a ring of keys and values full through TMA. README.md beside this file
+// tells how the keys are divided and who merges.
 //
 // Every instruction is fetched once a block, and at the end of a short part nothing hides that: loops that run once or
 // twice are not unrolled, and divisions are of 32 bits.
@@ -26,35 +26,38 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   extern __shared__ __align__(1024) char memory[];
   DecodeMemory<Config> const shared{memory, a.p.stages};
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == Config::warps) {
-    if (lane == 0) {
+  if (warp >= Config::warps) {  // a producer, which uses its group's barriers before the consumers wait for it
+    int const group = warp - Config::warps;
+    if (lane == 0 && group == 0) {
       asm volatile("prefetch.tensormap [%0];" ::"l"(&a.k) : "memory");
       asm volatile("prefetch.tensormap [%0];" ::"l"(&a.v) : "memory");
     }
     if (lane < a.p.stages) {
-      shared.full_keys()[lane].init(1);
-      shared.full_values()[lane].init(1);
-      shared.empty()[lane].init(Config::warps);
+      shared.full(group)[lane].init(1);
+      shared.empty(group)[lane].init(Config::key_warps);
     }
-    if (lane == 0 && a.log_cluster > 0) shared.received_all()->init(1);
+    if (lane == 0) shared.weights_read(group).init(Config::key_warps);
+    if (lane == 0 && group == 0 && a.log_cluster > 0) shared.received_all()->init(1);
     cutlass::arch::fence_barrier_init();
     __syncwarp();
   }
-  if (a.log_cluster > 0) cluster_arrive_relaxed();
   if (a.prefetched > 0 && warp < Config::warps) prefetch<Config>(a);
 
   Work<Config> work;
-  if (warp == Config::warps) {
+  if (warp >= Config::warps) {
     work.clear();
-    produce<Config>(a, shared, lane);
+    produce<Config>(a, shared, warp - Config::warps, lane);
   } else {
     consume<Config>(a, shared, work, warp, lane);
   }
+  // The cluster's blocks have read their stages when all their warps have come here.
+  if (a.log_cluster > 0) cluster_arrive_relaxed();
   if (shared.part().sequence < 0) {
     if (a.log_cluster > 0) cluster_wait_acquire();
     return;
   }
-  finish<Config>(a, shared, work, warp, lane, warp != Config::warps);
+  finish<Config>(a, shared, work, warp, lane, warp < Config::warps);
+  if (a.log_cluster > 0 && warp >= Config::warps) cluster_wait_acquire();
 }
 
 template <class Config>
@@ -62,7 +65,7 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
   constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const paged = p.page_table != nullptr;
   int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
-  bool const whole = p.head_dim == 64 * Config::panels;  // panels: one box brings all columns
+  bool const whole = p.head_dim == 64 * Config::panels && box_rows == Config::tile_k;  // one box brings all columns
   auto const cache = [&](Rows<void const*> const& rows) {
     return tensor_map(
         {rows.data,
