@@ -20,6 +20,11 @@ def needs(arrays, dtype):
         pytest.skip(f"no {dtype} here")
 
 
+def cpu_only(arrays):
+    if arrays.device != "cpu":
+        pytest.skip("for the CPU")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("score", [1.0, 4.0, 16.0, 200.0, 2500.0])
 @pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(softcap=30.0)], ids=str)
@@ -27,8 +32,8 @@ def test_peaked_scores(arrays, dtype, score, options):
     """From flat rows to rows where one key takes all the weight; on the CPU with scores of some 10^4, whose exponents
     the GPU's kernels round too far for float16 (score · factor − offset is one FMA, offset is rounded before)."""
     needs(arrays, dtype)
-    if score > 1000 and arrays.device != "cpu":
-        pytest.skip("for the CPU")
+    if score > 1000:
+        cpu_only(arrays)
     tensors = arrays.qkv(1, 520, 520, 4, 2, 64, dtype, int(score), score)
     out, lse = flashcore.attention(*tensors, return_lse=True, **options.keywords())
     assert_attention(arrays, out, lse, *tensors, options)
@@ -54,8 +59,8 @@ def test_first_keys_say_little(arrays, dtype, score, with_lse):
     """The first keys' scores are far below the later ones, for some queries and not for others: what weights are
     relative to at first does not do for long. With the log-sum-exp and without, whose sums may be others."""
     needs(arrays, dtype)
-    if score > 1000 and arrays.device != "cpu":
-        pytest.skip("for the CPU")
+    if score > 1000:
+        cpu_only(arrays)
     query, key, value = arrays.qkv(1, 100, 700, 2, 2, 64, dtype, 41, score)
     key = arrays.copy(key)
     key[:, :40] = key[:, :40] * 0.001
@@ -113,8 +118,7 @@ def test_scores_beyond_fixed_point(arrays, score, causal):
     """On tile registers weights in bfloat16 come from whole numbers, which the exponents of these scores are beyond, in
     both directions."""
     needs(arrays, "bfloat16")
-    if arrays.device != "cpu":
-        pytest.skip("for the CPU")
+    cpu_only(arrays)
     tensors = arrays.qkv(1, 130, 500, 4, 2, 64, "bfloat16", int(score), score)
     out, lse = flashcore.attention(*tensors, return_lse=True, causal=causal)
     assert_attention(arrays, out, lse, *tensors, Options(causal=causal))
@@ -124,8 +128,7 @@ def test_scores_beyond_fixed_point(arrays, score, causal):
 def test_queries_and_keys_of_far_magnitudes(arrays, power):
     """Queries and keys near opposite ends of bfloat16's range, whose scores are as always."""
     needs(arrays, "bfloat16")
-    if arrays.device != "cpu":
-        pytest.skip("for the CPU")
+    cpu_only(arrays)
     query, key, value = arrays.qkv(1, 100, 300, 4, 2, 64, "bfloat16", power)
     for q, k in ((query * 2.0**power, key * 2.0**-power), (query * 2.0**-power, key * 2.0**power)):
         out, lse = flashcore.attention(q, k, value, return_lse=True)
@@ -136,8 +139,7 @@ def test_queries_and_keys_of_far_magnitudes(arrays, power):
 def test_values_of_far_magnitudes(arrays, power):
     """Values that are all small or all large, in bfloat16."""
     needs(arrays, "bfloat16")
-    if arrays.device != "cpu":
-        pytest.skip("for the CPU")
+    cpu_only(arrays)
     query, key, value = arrays.qkv(1, 100, 300, 4, 2, 64, "bfloat16", power + 200)
     out, lse = flashcore.attention(query, key, value * 2.0**power, return_lse=True)
     assert_attention(arrays, out * 2.0**-power, lse, query, key, value)

@@ -371,7 +371,7 @@ FLASHCORE_HD float offset_for(float reference, float factor) {
 template <typename T>
 FLASHCORE_HD Vec offsets_for(Vec references, float factor) {
   if constexpr (Parts<T>::fixed_point)
-    return splat(fixed_point_offset(0.0f)) - references * splat(factor) * splat(512.0f);
+    return splat(fixed_point_offset(0.0f)) - references * splat(factor) * splat(fixed_point_scale);
   return Parts<T>::exact_at_reference ? references : references * splat(-factor);
 }
 template <typename T>
