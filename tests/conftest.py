@@ -4,11 +4,14 @@ present."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from arrays import Arrays, devices, on, torch
@@ -47,6 +50,29 @@ def _no_settings_from_outside(monkeypatch):
     for name in ("FLASHCORE_CHECK", "FLASHCORE_SM90_KERNEL"):
         if name in os.environ:
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of bench/, which are scripts and no package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    names = (
+        "accuracy",
+        "compare",
+        "host",
+        "ladder",
+        "model",
+        "overhead",
+        "plot",
+        "probes",
+        "providers",
+        "report",
+        "suites",
+        "timers",
+    )
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")
