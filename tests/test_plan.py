@@ -603,14 +603,16 @@ def test_a_large_problem_fills_the_device(gpu):
 
 def busiest(p, pairs: int, lengths: list[float], width: int) -> tuple[float, int]:
     """How much longer than the mean the busiest block works when blocks take the tiles of sections of `width` heads in
-    turn, forwards and backwards, and the rounds. `lengths` is what the tiles of a head take, longest first."""
+    turn, forwards and backwards and every two rounds two blocks further on, and the rounds. `lengths` is what the tiles
+    of a head take, the last one's first."""
     busy = [0.0] * p.blocks
     rounds = 0
     for first in range(0, pairs, width):
         section = [length for length in lengths for _ in range(min(width, pairs - first))]
         for begin in range(0, width * len(lengths), p.blocks):
             for place, length in enumerate(section[begin : begin + p.blocks]):
-                busy[place if rounds % 2 == 0 else p.blocks - 1 - place] += length
+                from_first = place if rounds % 2 == 0 else p.blocks - 1 - place
+                busy[(from_first - rounds // 2 * 2) % p.blocks] += length
             rounds += 1
     return max(busy) / (sum(busy) / p.blocks), rounds
 

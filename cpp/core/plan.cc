@@ -192,9 +192,15 @@ bool tma_encodes(const Problem& problem) {
   return tma_encodes(problem.query) && tma_encodes(problem.key) && tma_encodes(problem.value);
 }
 
+// What a tile of `rows` rows of queries takes, of what a whole one does: warpgroups without rows have nothing to do,
+// and the others are slower alone.
+double share_of_tile(int64_t rows, int64_t tile_q) {
+  return static_cast<double>(1 + (rows + 63) / 64) / static_cast<double>(1 + tile_q / 64);
+}
+
 // How long the busiest block works, in tiles of keys, where blocks take the tiles of sections of `width` pairs in turn,
-// forwards and backwards (`next_tile` in sm90/forward_producer.cuh). `lengths` is what a pair's tiles take, longest
-// first.
+// forwards and backwards (`next_tile` in sm90/forward_producer.cuh). `lengths` is what a pair's tiles take, the last
+// one's first.
 double busiest_block(const std::vector<double>& lengths, int64_t width, int64_t pairs, int64_t blocks) {
   std::vector<double> busy(static_cast<size_t>(blocks), 0.0);
   int64_t place = 0;
@@ -203,7 +209,8 @@ double busiest_block(const std::vector<double>& lengths, int64_t width, int64_t 
     for (double const length : lengths) {
       for (int64_t head = 0; head < heads; ++head, ++place) {
         int64_t const row = place / blocks, column = place - row * blocks;
-        busy[static_cast<size_t>(row % 2 == 0 ? column : blocks - 1 - column)] += length;
+        int64_t const from_first = row % 2 == 0 ? column : blocks - 1 - column;
+        busy[static_cast<size_t>((from_first + blocks - row / 2 * 2 % blocks) % blocks)] += length;
       }
     }
     place = (place + blocks - 1) / blocks * blocks;
@@ -252,7 +259,8 @@ void set_sections(Plan& plan, const Problem& problem, int most, int64_t pairs) {
   for (int64_t first = (tiles_per_pair - 1) * queries; first >= 0; first -= queries) {
     KeyRange const range =
         mask.key_range(static_cast<int>(first), static_cast<int>(std::min(first + queries, s.seqlen_q)), plan.tile_k);
-    lengths.push_back(range.count() + beside);
+    int64_t const rows = std::min(queries, s.seqlen_q - first) * plan.packed_heads;
+    lengths.push_back(range.count() * share_of_tile(rows, plan.tile_q) + beside);
   }
   double least = std::numeric_limits<double>::max();
   for (int64_t width = 1; width <= widest; ++width) {
@@ -277,7 +285,12 @@ Tiling tiling(const Problem& problem, const DeviceProperties& device, int tile_q
   int64_t const group = s.heads_k == 0 ? 1 : s.heads_q / s.heads_k;
   auto const with = [&](int64_t pack) {
     int64_t const count = tiles(problem, static_cast<int>(tile_q / pack), s.heads_q / pack);
-    return Tiling{static_cast<int>(pack), count, (count + device.units - 1) / device.units * tile_q};
+    // Of fixed lengths a head's last tile may have fewer rows.
+    int64_t const queries = tile_q / pack, last = problem.varlen() || count == 0 ? 0 : s.seqlen_q % queries * pack;
+    double const saved =
+        last > 0 ? static_cast<double>(s.batch * s.heads_q / pack) * (1.0 - share_of_tile(last, tile_q)) : 0.0;
+    int64_t const whole = count - static_cast<int64_t>(saved);
+    return Tiling{static_cast<int>(pack), count, (whole + device.units - 1) / device.units * tile_q};
   };
   Tiling const plain = with(1);
   // TMA steps over whole groups of packed heads.
