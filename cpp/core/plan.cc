@@ -40,10 +40,16 @@ struct HopperTile {
     int const ones = head_dim == 64 ? tile_k : 0;
     return (q_buffers * tile_q() + slots * tile_k + ones) * head_dim * 2 + 2048;
   }
-  // What a row of queries costs with this tile, in hundredths of what it costs with the head dimension's other one.
-  // Two warpgroups hide less of each other's softmax than four: 0.84 to 0.9 of the speed at head dimension 64; and
-  // their rows share keys and values with fewer others than three's: 0.96 at 96 (sm90/tiles.inc).
-  int row_cost() const { return warpgroups > 2 ? 100 : head_dim == 64 ? 115 : 104; }
+  // What a row of queries costs with this tile, in hundredths of what it costs with three warpgroups (sm90/tiles.inc).
+  // Two share keys and values with fewer others: 0.96 of the speed at 96. At head dimension 64 four of 64 keys need 4%
+  // more clocks than three of 128, but leave more of an uneven tile out; and two hide less of each other's softmax than
+  // four: 0.84 to 0.9 of their speed.
+  int row_cost(bool uneven) const {
+    if (warpgroups == 3) return 100;
+    if (head_dim != 64) return 104;
+    int const four = uneven ? 96 : 104;
+    return warpgroups == 4 ? four : four * 115 / 100;
+  }
 };
 
 constexpr HopperTile sm90_tiles[] = {
@@ -285,12 +291,7 @@ Tiling tiling(const Problem& problem, const DeviceProperties& device, int tile_q
   int64_t const group = s.heads_k == 0 ? 1 : s.heads_q / s.heads_k;
   auto const with = [&](int64_t pack) {
     int64_t const count = tiles(problem, static_cast<int>(tile_q / pack), s.heads_q / pack);
-    // Of fixed lengths a head's last tile may have fewer rows.
-    int64_t const queries = tile_q / pack, last = problem.varlen() || count == 0 ? 0 : s.seqlen_q % queries * pack;
-    double const saved =
-        last > 0 ? static_cast<double>(s.batch * s.heads_q / pack) * (1.0 - share_of_tile(last, tile_q)) : 0.0;
-    int64_t const whole = count - static_cast<int64_t>(saved);
-    return Tiling{static_cast<int>(pack), count, (whole + device.units - 1) / device.units * tile_q};
+    return Tiling{static_cast<int>(pack), count, (count + device.units - 1) / device.units * tile_q};
   };
   Tiling const plain = with(1);
   // TMA steps over whole groups of packed heads.
@@ -453,7 +454,7 @@ Plan plan_sm90(const Problem& problem, const DeviceProperties& device) {
     if (candidate.head_dim < s.head_dim || candidate.plain_score != plain) continue;
     if (tile != nullptr && candidate.head_dim > tile->head_dim) break;
     Tiling const tiling = flashcore::tiling(problem, device, candidate.tile_q());
-    int64_t const cost = tiling.rows * candidate.row_cost();
+    int64_t const cost = tiling.rows * candidate.row_cost(uneven(problem) && !problem.varlen());
     // What a sequence's tiles are must not depend on its batch, where that is asked for: then the first will do.
     if (tile == nullptr || (cost < least && !problem.batch_invariant)) {
       tile = &candidate;
