@@ -324,7 +324,19 @@ class TestDependentLaunches:
         planned(x, key, value, form)
         self.check_chains(arrays, x, key, value)
 
-    @pytest.mark.parametrize("shape", [(1, 512, 8, 64), (8, 512, 8, 64), (3, 257, 5, 128), (1, 700, 6, 256)], ids=str)
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            (1, 512, 8, 64),
+            (8, 512, 8, 64),
+            (3, 257, 5, 128),
+            (1, 700, 6, 256),
+            # Several tiles a block.
+            (16, 512, 16, 128),
+            (6, 1024, 10, 192),
+        ],
+        ids=str,
+    )
     def test_output_of_the_large_kernel_is_its_next_input(self, arrays, monkeypatch, shape):
         monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "large")
         x, key, value = (arrays.random(shape, "bfloat16", seed, 4.0) for seed in (1, 2, 3))
