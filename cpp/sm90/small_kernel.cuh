@@ -541,6 +541,7 @@ __device__ __forceinline__ void write_exactly(SmallArguments<typename Config::Sc
   Task const& task = shared.task();
   int const query[2] = {shared.query(lane_row), shared.query(lane_row + 8)};
   constexpr int chunk = Config::steps * Config::step;
+  shared.full_queries().wait(0);  // a warpgroup without keys has not needed them so far
   SoftmaxRow state[2];
   float o[Config::head_dim / 2], mine[4 * Config::pieces];
   attend_exactly<typename Config::Element>(a, task.job.sequence, task.head_k, task.mask, query,
