@@ -484,6 +484,7 @@ def test_what_the_stream_kernel_leaves_to_others(device, monkeypatch):
     """Masks, heads that share a tile, general scores, larger heads, nothing to do, longer lists than a block has room
     for."""
     check_stream(small_plan(8, 512, 8, 64), 8, 512, 8, 512)
+    check_stream(small_plan(32, 512, 8, 64), 32, 512, 8, 512)
     check_stream(small_plan(8, 512, 8, 40, heads_k=2), 8, 512, 8, 512)
     masks = [{"causal": True}, {"window": (100, 0)}, {"window": (None, 3)}]
     for options in (*masks, {"softcap": 20.0}, {"scale": -0.1}, {"batch_invariant": True}):

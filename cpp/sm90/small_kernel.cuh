@@ -371,7 +371,15 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    state[half].sum = Config::steady ? o[head_dim / 2 + 2 * half] : quad_sum(state[half].sum);
+    if constexpr (Config::steady) {
+      // What a part has lost must show however little the merge leaves of it: its sum becomes NaN. A row that sees none
+      // of the part's keys has no reference and nothing to lose.
+      float const sum = o[head_dim / 2 + 2 * half];
+      bool const whole = state[half].max == minus_infinity() || Reference<Element>::holds(sum);
+      state[half].sum = whole ? sum : __int_as_float(0x7fffffff);
+    } else {
+      state[half].sum = quad_sum(state[half].sum);
+    }
   }
 }
 
@@ -517,15 +525,10 @@ __device__ __forceinline__ void write(SmallArguments<typename Config::Score> con
   }
 }
 
-// Whether a row of this warp has a sum that shows that its reference did not do.
+// Whether some row of this warp has a part for which its reference did not do, or a NaN of its own.
 template <class Config>
 __device__ __forceinline__ bool lost(PlacedRow<Config> const (&row)[2], SoftmaxRow const (&state)[2]) {
-  bool any = false;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    bool const empty = state[half].max == minus_infinity() && state[half].sum == 0.0f;  // it sees no key
-    any |= row[half].present && !empty && !Reference<typename Config::Element>::holds(state[half].sum);
-  }
+  bool const any = (row[0].present && isnan(state[0].sum)) || (row[1].present && isnan(state[1].sum));
   return __any_sync(0xffffffffu, any);
 }
 
