@@ -152,6 +152,7 @@ bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& devi
 struct Division {
   int cluster, parts;
   bool by_own_length;
+  int shares;  // of a part: a block of the cluster computes one, or several in turn
 };
 
 // As many blocks as read a sequence's part of the cache at its full speed, with a multiprocessor each and room for the
@@ -170,7 +171,7 @@ Division in_clusters(int64_t items, const Work& work, int most, bool by_own_leng
   int64_t parts = std::max<int64_t>(most_blocks / blocks, 1);
   if (parts * blocks < least_blocks) ++parts;
   int64_t const whole_parts = (work.tiles_a_line + DecodeSchedule::part_tiles - 1) / DecodeSchedule::part_tiles;
-  return {cluster, static_cast<int>(std::clamp<int64_t>(parts, 1, whole_parts)), by_own_length};
+  return {cluster, static_cast<int>(std::clamp<int64_t>(parts, 1, whole_parts)), by_own_length, cluster};
 }
 
 // Blocks that run at once. Clusters of 4 and 8 find room on 120 of 132 multiprocessors, which stand in groups of 16 and
@@ -202,13 +203,13 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
       return batch * work.lines * alone.cluster * alone.parts <= blocks_at_once(device, tile, alone.cluster);
     };
     // In half as many blocks where some would have to wait.
-    if (batch <= 4 && alone.cluster > 1 && !fits()) alone.cluster /= 2;
+    if (batch <= 4 && alone.cluster > 1 && !fits()) alone.shares = alone.cluster /= 2;
     if (work.lines <= most && fits() && alone.cluster <= work.tiles_a_line) return alone;
   }
   // All blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
   int64_t parts = blocks_at_once(device, tile, 1) / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
-  return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false};
+  return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false, 1};
 }
 
 Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
@@ -218,7 +219,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   int const blocks_a_unit = tile.blocks_a_unit();
   Division const division = division_of(problem, device, work, tile);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
-  int const cluster_rows = division.cluster > 1 ? part_rows : 0;
+  int const cluster_rows = division.cluster > 1 ? part_rows * (division.shares / division.cluster) : 0;
   int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
   int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
 
@@ -234,6 +235,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   plan.shared_memory = tile.shared_memory(stages, cluster_rows);
   plan.tiles = work.items * work.tiles_a_line;
   plan.cluster = division.cluster;
+  plan.shares = division.shares;
   int64_t parts = work.items * division.parts;
   if (division.by_own_length || s.batch == 1) {
     plan.even_parts = division.by_own_length ? 0 : division.parts;
@@ -330,7 +332,7 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
   int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
-                                                                                          plan.cluster > 1 ? rows : 0)
+                                                                                          plan.cluster > 1 ? rows * (plan.shares / plan.cluster) : 0)
                             : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +
