@@ -219,7 +219,7 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   int const blocks_a_unit = tile.blocks_a_unit();
   Division const division = division_of(problem, device, work, tile);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
-  int const cluster_rows = division.cluster > 1 ? part_rows * (division.shares / division.cluster) : 0;
+  int const cluster_rows = division.shares > 1 ? part_rows * (division.shares / division.cluster) : 0;
   int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
   int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
 
@@ -332,7 +332,7 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
   int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
-                                                                                          plan.cluster > 1 ? rows * (plan.shares / plan.cluster) : 0)
+                                                                                          plan.shares > 1 ? rows * (plan.shares / plan.cluster) : 0)
                             : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +

@@ -102,6 +102,10 @@ __device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x, fl
                "f"(y), "r"(int{acts})
                : "memory");
 }
+__device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(to), "f"(x), "r"(int{acts})
+               : "memory");
+}
 // To the shared memory of a block of the cluster, whose barrier counts the bytes.
 __device__ __forceinline__ void send(bool acts, uint32_t to, float x, uint32_t barrier) {
   asm volatile(

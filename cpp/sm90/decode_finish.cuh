@@ -36,13 +36,17 @@ __device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart c
 // This block's columns of the item's rows, when all shares have been sent: a thread has four columns of a row, and
 // takes the shares' in their order, however many blocks computed them.
 template <class Config>
-__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
+__device__ __forceinline__ void merge_shares(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
                                               bool acts) {
   DecodePart const& part = shared.part();
   constexpr int most = HopperDecodeTile::most_cluster;
   int const shares = 1 << a.log_shares, columns = Config::head_dim >> a.log_cluster, rows = part.valid_rows;
   float const* const all_lse = shared.received_lse((rows * columns) << a.log_shares);
-  if (acts) shared.received_all()->wait(0);
+  if (a.log_cluster == 0) {
+    if (acts) consumers_sync(Config::consumers);
+  } else if (acts) {
+    shared.received_all()->wait(0);
+  }
 #pragma unroll 1
   for (int i = threadIdx.x % Config::consumers; i < rows * columns / 4; i += Config::consumers) {
     int const row = static_cast<int>((static_cast<unsigned>(i) << (2 + a.log_cluster)) / unsigned{Config::head_dim});
@@ -131,12 +135,16 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     }
     if (key_warp == 0 && row < part.valid_rows) {
       float const lse = all.lse(factor);
-      if (a.log_cluster > 0) {
+      if (a.log_shares > 0) {
         float* const all_lse = shared.received_lse((part.valid_rows * columns) << a.log_shares);
         uint32_t const at = shared_address(all_lse + number * part.valid_rows + row);
 #pragma unroll 1
         for (int block = lane % 4; block < blocks; block += 4) {
-          send(acts, in_block(at, block), lse, in_block(received_all, block));
+          if (blocks == 1) {
+            store_shared(acts, at, lse);
+          } else {
+            send(acts, in_block(at, block), lse, in_block(received_all, block));
+          }
         }
       } else if (lane % 4 == 0) {
         write_lse(a, part, row, lse, acts);
@@ -156,10 +164,15 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
                                                (column ^ row % 4 * merge_piece)));
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
-    if (a.log_cluster > 0) {
+    if (a.log_shares > 0) {
       int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
       float* const to = shared.received() + (number * part.valid_rows + row) * columns + column - owner * columns;
-      send(acts, in_block(shared_address(to), owner), sum, in_block(received_all, owner));
+      if (blocks == 1) {
+        store_shared(acts, shared_address(to), sum.x, sum.y);
+        store_shared(acts, shared_address(to + 2), sum.z, sum.w);
+      } else {
+        send(acts, in_block(shared_address(to), owner), sum, in_block(received_all, owner));
+      }
     } else if (column < a.p.head_dim) {
       write<Config>(a, part, row, column, sum, acts);
     }
@@ -170,8 +183,8 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     if (lane == 0) shared.empty()[stage].arrive();
     place.stage.advance(shared.stages);
     work.clear();
-  } else if (a.log_cluster > 0) {
-    merge_cluster<Config>(a, shared, rank, acts);
+  } else if (a.log_shares > 0) {
+    merge_shares<Config>(a, shared, rank, acts);
   }
 }
 
