@@ -147,6 +147,17 @@ bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& devi
               static_cast<double>(s.heads_k * s.head_dim));
 }
 
+// Tiles of keys that a block may have on their way; with fewer than two each would wait for the one before.
+int stages_of(const DeviceProperties& device, const HopperDecodeTile& tile, int cluster_rows) {
+  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / tile.blocks_a_unit() - 1024;
+  return tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
+}
+constexpr int least_stages = 2;
+
+int rows_of_part(const Work& work, const HopperDecodeTile& tile) {
+  return static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
+}
+
 // How many blocks, as a cluster, share a part, and how many parts an item falls into: by its own length, at most, or
 // where all are about as long.
 struct Division {
@@ -181,17 +192,40 @@ int64_t blocks_at_once(const DeviceProperties& device, const HopperDecodeTile& t
   return units * tile.blocks_a_unit();
 }
 
+// Where not all blocks run at once that `division` has, batch_invariant: a block for several shares in turn, of blocks
+// as many as do. Each share is computed and merged as by a block of its own.
+Division in_turn(Division division, int64_t items, int rows, const DeviceProperties& device,
+                 const HopperDecodeTile& tile) {
+  auto const fits = [&](int cluster) {
+    return items * division.parts * cluster <= blocks_at_once(device, tile, cluster) &&
+           stages_of(device, tile, rows * (division.shares / cluster)) >= least_stages;
+  };
+  if (tile.slices > 1) return division;  // the outputs of all warps do not fit a stage
+  int cluster = division.shares;
+  while (cluster > 1 && !fits(cluster)) cluster /= 2;
+  if (fits(cluster)) division.cluster = cluster;
+  return division;
+}
+
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
                      HopperDecodeTile const& tile) {
   bool const one_row_tile = work.rows <= tile.rows();
   int64_t const batch = problem.query.shape[0];
   // As if the sequence were alone.
-  if (problem.batch_invariant) return in_clusters(work.lines, work, one_row_tile ? most_blocks : 2 * most_blocks, true);
+  if (problem.batch_invariant) {
+    Division const alone = in_clusters(work.lines, work, one_row_tile ? most_blocks : 2 * most_blocks, true);
+    return in_turn(alone, work.items, rows_of_part(work, tile), device, tile);
+  }
   if (one_row_tile) {
+    auto const fits = [&](const Division& division) {
+      return work.items * division.cluster * division.parts <= blocks_at_once(device, tile, division.cluster);
+    };
     // All sequences are known to be as long as each other: a block for each multiprocessor (8 sequences of 8,192 keys
-    // 89.6 us, in 4 parts each 93).
+    // 89.6 us, in 4 parts each 93), or half as many where some clusters would have to wait (4 of 8,192 keys, 32 rows, in
+    // 32 clusters of 4 68.4, of 2 55.3).
     if (batch > 1 && !problem.cache_seqlens.present() && work.items <= 2 * most_blocks) {
-      Division const all = in_clusters(work.items, work, 2 * most_blocks, true);
+      Division all = in_clusters(work.items, work, 2 * most_blocks, true);
+      while (all.cluster > 1 && !fits(all)) all.shares = all.cluster /= 2;
       if (all.cluster <= work.tiles_a_line) return all;
     }
     // Each sequence as if it were alone, where all blocks of that run at once: 2 sequences of 8,192 keys and 4 key
@@ -199,12 +233,9 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
     // alone: 8,192 keys of 32 heads of dimension 64 31.8 us (by 64 blocks 38.7), two sequences of 16 heads 36.9 (32.2).
     int const most = batch == 1 && tile.head_dim <= 64 ? 2 * most_blocks : most_blocks;
     Division alone = in_clusters(work.lines, work, most, batch > 1);
-    auto const fits = [&] {
-      return batch * work.lines * alone.cluster * alone.parts <= blocks_at_once(device, tile, alone.cluster);
-    };
     // In half as many blocks where some would have to wait.
-    if (batch <= 4 && alone.cluster > 1 && !fits()) alone.shares = alone.cluster /= 2;
-    if (work.lines <= most && fits() && alone.cluster <= work.tiles_a_line) return alone;
+    if (batch <= 4 && alone.cluster > 1 && !fits(alone)) alone.shares = alone.cluster /= 2;
+    if (work.lines <= most && fits(alone) && alone.cluster <= work.tiles_a_line) return alone;
   }
   // All blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
   int64_t parts = blocks_at_once(device, tile, 1) / work.items;
@@ -218,10 +249,9 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
   int const blocks_a_unit = tile.blocks_a_unit();
   Division const division = division_of(problem, device, work, tile);
-  int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
+  int const part_rows = rows_of_part(work, tile);
   int const cluster_rows = division.shares > 1 ? part_rows * (division.shares / division.cluster) : 0;
-  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
-  int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
+  int const stages = stages_of(device, tile, cluster_rows);
 
   Plan plan;
   plan.backend = Backend::sm90;
@@ -266,14 +296,25 @@ bool fills_tiles(const Plan& forward, const Sizes& s, bool batch_invariant, cons
   return s.seqlen_q * forward.packed_heads >= least_rows && tiles * part_of_units >= device.units;
 }
 
-// The forward kernel's plan for a prompt; none for a cache with pages, nor where a few tokens are decoded, as sequences
-// of uneven length are divided better by their keys.
+// A cache in pages is brought together first, in a workspace of at most so many bytes, which costs as much as decoding
+// about so many rows.
+constexpr int64_t most_gathered = int64_t{512} << 20, least_rows_over_pages = 768;
+
+// The forward kernel's plan for a prompt; none where a few tokens are decoded, as sequences of uneven length are divided
+// better by their keys.
 std::optional<Plan> plan_prompt(const KvCacheProblem& problem, const DeviceProperties& device) {
   constexpr int64_t most_decoded_tokens = 16;
   Sizes const s = sizes(problem);
-  if (problem.paged() || s.seqlen_k == 0 || s.seqlen_q <= most_decoded_tokens) return std::nullopt;
-  Plan const forward = plan_forward(forward_of(problem), device);
+  if (s.seqlen_k == 0 || s.batch == 0 || s.seqlen_q <= most_decoded_tokens) return std::nullopt;
+  double const bytes = 4.0 * static_cast<double>(s.batch * s.seqlen_k) * static_cast<double>(s.heads_k * s.head_dim);
+  // (batch_invariant, the kernel must not depend on how much all sequences need.)
+  bool const gathers = problem.paged();
+  if (gathers && (bytes > most_gathered || problem.batch_invariant || Work(s, 1).rows < least_rows_over_pages)) {
+    return std::nullopt;
+  }
+  Plan forward = plan_forward(forward_of(problem), device);
   if (!fills_tiles(forward, s, problem.batch_invariant, device)) return std::nullopt;
+  if (gathers) forward.workspace = static_cast<int64_t>(bytes);
   return forward;
 }
 
@@ -328,7 +369,10 @@ bool decodes(const Plan& plan) {
 
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan) {
   if (plan.backend == Backend::cpu) return explain(options_of(problem), device, plan);
-  if (!decodes(plan)) return explain(forward_of(problem), device, plan);
+  if (!decodes(plan)) {
+    std::string const pages = problem.paged() ? " The pages of the cache are brought together first." : "";
+    return explain(forward_of(problem), device, plan) + pages;
+  }
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
   int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
