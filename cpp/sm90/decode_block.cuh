@@ -133,7 +133,7 @@ struct DecodePart {
   int first, end, step;      // of its first share; the next one begins a cluster's blocks of tiles later
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
-  bool ahead;                // the first tile was asked for before the lengths were known
+  bool vain;                 // a tile that is none of these has been asked for first
 
   // Of tiles from `tile` on.
   __device__ __forceinline__ int count(int tile) const { return tile < end ? parts_of(end - tile, step) : 0; }
@@ -206,6 +206,9 @@ struct DecodeMemory {
     return base + tile.head_bytes() + stage * Config::stage_bytes;
   }
   __device__ __forceinline__ char* values(int stage) const { return keys(stage) + Config::kv_bytes; }
+  // Of as many sequences as they were before the kernel ahead ended: in a stage that is used last.
+  static constexpr int most_lengths = Config::kv_bytes / 4;
+  __device__ __forceinline__ int* lengths() const { return reinterpret_cast<int*>(keys(stages - 1)); }
   // Of all shares of a part: (shares, rows, columns of this block), (shares, rows)
   __device__ __forceinline__ float* received() const {
     constexpr int head_bytes = tile.head_bytes(), merge_bytes = tile.merge_bytes();

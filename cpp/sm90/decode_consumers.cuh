@@ -46,7 +46,7 @@ __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
     tiles_known = p.window_left >= unlimited;
   } else {
     if (blockIdx.x >= Config::tile.units * Config::blocks_a_unit) return;
-    FoundSequence const found = find_sequence<true>(p, a.parts, number, -1, thread % 32);
+    FoundSequence const found = find_sequence(p, a.parts, number, -1, thread % 32, true);
     if (found.sequence < 0) return;
     int const in_sequence = number - found.before;
     index = a.parts.lines.quotient(in_sequence);
@@ -155,6 +155,13 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   int const in_tile = at.in_tile, lane_k = at.lane_k, lane_v = at.lane_v;
   StagePlace place = at.stage;
   int const count = part.count(first_tile);
+  if (part.vain && first_tile == part.first) {
+    shared.full_keys()[0].wait(0);
+    shared.full_values()[0].wait(0);
+    __syncwarp();
+    if (lane == 0) shared.empty()[0].arrive();
+    place.advance(shared.stages);
+  }
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     int const tile = first_tile + i * part.step, first = tile * Config::tile_k + tile_key;
@@ -195,12 +202,6 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     work.output(weights, box, shared_address(stage_keys) + Config::kv_bytes + lane_v);
     __syncwarp();  // all lanes are done with the stage
     if (lane == 0) shared.empty()[place.stage].arrive();
-    place.advance(shared.stages);
-  }
-  if (count <= 0 && part.ahead && first_tile == part.first) {  // a tile was asked for in vain: nothing is to come behind
-    shared.full_keys()[0].wait(0);
-    shared.full_values()[0].wait(0);
-    if (lane == 0) shared.empty()[0].arrive();
     place.advance(shared.stages);
   }
   at.stage = place;

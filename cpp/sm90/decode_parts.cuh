@@ -26,10 +26,10 @@ struct FoundSequence {
 // All lanes of a warp together find the sequence with part `part`, or sequence `sequence` where that is not -1. Each
 // lane has consecutive sequences: it counts their tiles, then their parts, and the one that has what is looked for
 // walks to it. `early`: the kernel before may still write the lengths. Then they are not kept in the L1 cache, and what
-// is found is a guess.
-template <bool early = false>
+// is found is a guess. `cached`, where there is one, gets the keys in the cache of each sequence.
 __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, DecodeParts const& parts, int part,
-                                                       int sequence, int lane) {
+                                                       int sequence, int lane, bool early = false,
+                                                       int* cached = nullptr) {
   int const sequences = (p.batch + 31) / 32, first = lane * sequences, end = min_of(first + sequences, p.batch);
   FoundSequence found{first, 0, 0, {0, 0, 0, 0}, 1};
   int part_tiles = 1;
@@ -42,6 +42,7 @@ __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, D
     } else {
       found.cached = cached_keys(p, b);
     }
+    if (cached != nullptr) cached[b] = found.cached;
     found.range = parts.range(p, found.cached + p.new_tokens);
   };
   auto const of_sequence = [&] {

@@ -64,14 +64,18 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
 
   DecodePart part;
   KeyRange range;
-  bool ahead = false;
+  bool ahead = false;  // the first tile has been asked for
   // The blocks of all of an item's parts take its tiles in turn: what is read at the same time lies side by side.
   int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
   int parts, way;
-  // Where the lengths do not matter, the warp goes through here twice, the first time for the instructions, while the
-  // kernel ahead still runs.
+  FoundSequence found{};
+  bool vain = false;
+  // The warp goes through here twice, the first time while the kernel ahead still runs: for the instructions and, where
+  // the lengths say which the part is, for a guess, by what they are then, which stays in shared memory.
+  bool const guesses = a.even.divisor == 0 && p.batch <= DecodeMemory<Config>::most_lengths && p.stages > 1;
+  int* const cached = shared.lengths();
 #pragma unroll 1
-  for (int pass = a.even.divisor > 0 ? 0 : 1; pass < 2; ++pass) {
+  for (int pass = a.even.divisor > 0 || guesses ? 0 : 1; pass < 2; ++pass) {
     bool const acts = pass == 1;
     if (acts) {
       wait_for_prerequisites();
@@ -101,7 +105,41 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
       range = a.parts.range(p, part.cached + p.new_tokens);
     } else {
-      FoundSequence const found = find_sequence(p, a.parts, number, -1, lane);
+      bool find = true;
+      if (acts && guesses) {
+        // As above: the lengths first, and the first tile while they come.
+        auto const length_of = [&](int b) {
+          int length = p.seqlen_k;
+          if (p.cache_seqlens != nullptr && b < p.batch)
+            asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + b));
+          return length;
+        };
+        int length = length_of(lane);
+        ahead = part.sequence >= 0 && part.first < part.end;
+        if (ahead) {
+          int block = part.sequence, row = part.first * Config::tile_k;
+          if (p.page_table != nullptr) {
+            next_pages = pages_from(part, 0, part.keys);
+            block = existing(next_pages);
+            row = (row + (lane < boxes ? lane : 0) * box_rows) & (p.page_size - 1);
+          }
+          load(row, part.head, block, true);
+        }
+        bool changed = false;
+#pragma unroll 1
+        for (int b = lane; b < p.batch; b += 32) {
+          int const next = length_of(b + 32);
+          changed |= clamp_to(length, 0, p.seqlen_k - p.new_tokens) != cached[b];
+          length = next;
+        }
+        find = __any_sync(0xffffffffu, changed);
+        cutlass::arch::fence_view_async_shared();  // before TMA writes to their place
+      }
+      if (find) {
+        found = find_sequence(p, a.parts, number, -1, lane, !acts, acts ? nullptr : cached);
+        __syncwarp();
+      }
+      vain = ahead && find;
       int const in_sequence = number - found.before;
       int const index = a.parts.lines.quotient(in_sequence), line = in_sequence - index * a.parts.lines.divisor;
       part = part_of_line<Config>(a, found.sequence, line);
@@ -114,7 +152,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     part.first = range.begin + way;
     part.end = range.end;
     part.slot = parts == 1 ? -1 : number;
-    part.ahead = ahead;
+    part.vain = a.even.divisor > 0 ? ahead && part.first >= part.end : vain;
     part.keys = part.cached + p.new_tokens;
     part.full_begin = range.full_begin;
     part.full_end = range.full_end;
@@ -128,7 +166,14 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   }
   __syncwarp();
   tell_part<Config>();
-  if (part.sequence < 0) return;
+  ahead = ahead && !part.vain;
+  if (part.sequence < 0) {
+    if (part.vain) {  // it is to arrive before the block ends
+      shared.full_keys()[0].wait(0);
+      shared.full_values()[0].wait(0);
+    }
+    return;
+  }
 
 #pragma unroll 1
   for (int shares = shares_of(a);;) {
