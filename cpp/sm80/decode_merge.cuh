@@ -12,7 +12,7 @@
 
 namespace flashcore::sm80 {
 
-constexpr int merge_warps = 4;
+constexpr int merge_warps = 4;      // of a block, at most
 constexpr int merge_columns = 128;  // of a block: four a lane
 
 __device__ __forceinline__ void store_rounded(__half* to, float low, float high) {
@@ -23,7 +23,7 @@ __device__ __forceinline__ void store_rounded(__nv_bfloat16* to, float low, floa
 }
 
 // A warp for a row of the output and 128 of its columns: merges its parts, if it has several. The grid has
-// ceil(batch · heads_k · rows / merge_warps) times ceil(head_dim / 128) blocks.
+// ceil(batch · heads_k · rows / warps of a block) times ceil(head_dim / 128) blocks.
 //
 // `Find` says where: find(p, sequence, line, lane), called by whole warps, gives an item's `count` of parts and their
 // slot_of(i).
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(32 * merge_warps)
   launch_dependents();
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const column = blockIdx.y * merge_columns + lane * 4;
-  int64_t const number = int64_t{blockIdx.x} * merge_warps + warp;
+  int64_t const number = int64_t{blockIdx.x} * (blockDim.x / 32) + warp;
   bool const exists = number < int64_t{p.batch} * p.heads_k * p.rows;
   int const pair = exists ? static_cast<int>(number / p.rows) : 0, row = exists ? static_cast<int>(number % p.rows) : 0;
   int const sequence = pair / p.heads_k, head_k = pair - sequence * p.heads_k;
@@ -97,12 +97,13 @@ __global__ void __launch_bounds__(32 * merge_warps)
 
 // `dependent`: started while the decode kernel still runs (programmatic dependent launch).
 template <class Element, class Find>
-void launch_merge(DecodeParams const& params, Find const& find, bool dependent, cudaStream_t stream) {
+void launch_merge(DecodeParams const& params, Find const& find, bool dependent, cudaStream_t stream,
+                  int warps = merge_warps) {
   cudaLaunchConfig_t config{};
   int64_t const rows = int64_t{params.batch} * params.heads_k * params.rows;
-  config.gridDim = dim3(static_cast<unsigned>((rows + merge_warps - 1) / merge_warps),
+  config.gridDim = dim3(static_cast<unsigned>((rows + warps - 1) / warps),
                         static_cast<unsigned>(ceil_div(params.head_dim, merge_columns)));
-  config.blockDim = dim3(32 * merge_warps);
+  config.blockDim = dim3(static_cast<unsigned>(32 * warps));
   config.stream = stream;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

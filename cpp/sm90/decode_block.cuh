@@ -44,6 +44,7 @@ struct DecodeArguments {
   int log_shares;            // of a part, which its blocks compute in turn, each share by itself
   int prefetched;            // tiles of a block that come to the L2 cache while the kernel ahead still runs
   bool late;                 // the kernel behind starts when all tiles have been asked for; else at once
+  bool guesses;              // parts are looked for before the kernel ahead has ended
 };
 
 // Keys or values in shared memory as TMA writes them with its 128-byte swizzle: box after box, of a box panels of 64

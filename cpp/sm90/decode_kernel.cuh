@@ -86,7 +86,7 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
   // so, 93.4 with two.
   constexpr int most_prefetched = 5, most_keys = 65536;
   bool const alone = p.batch == 1 && plan.cluster > 1;
-  int const prefetched = alone ? (p.seqlen_k <= most_keys ? most_prefetched : 0) : p.even == 0;
+  int const prefetched = alone ? (p.seqlen_k <= most_keys ? most_prefetched : 0) : p.even == 0 && !p.early;
   DecodeArguments const arguments{cache(p.k),
                                   cache(p.v),
                                   p,
@@ -100,7 +100,8 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
                                   log2_of_power(plan.cluster),
                                   log2_of_power(plan.shares),
                                   prefetched,
-                                  p.even == 0 || prefetched > 0};
+                                  p.even == 0 ? !p.early : prefetched > 0,
+                                  p.early};
 
   auto const kernel = decode_kernel<Config>;
   static OncePerDevice once;

@@ -12,6 +12,9 @@ namespace flashcore::sm90 {
 struct DecodeParams : sm80::DecodeParams {
   DecodeParts parts;
   int even;  // parts of each item, where the lengths do not matter; else 0
+  // Parts are found by the lengths, and where these are alike each multiprocessor has one block, beside which the next
+  // call's finds room.
+  bool early;
 };
 
 // A sequence among the parts of all.

@@ -72,16 +72,17 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   bool vain = false;
   // The warp goes through here twice, the first time while the kernel ahead still runs: for the instructions and, where
   // the lengths say which the part is, for a guess, by what they are then, which stays in shared memory.
-  bool const guesses = a.even.divisor == 0 && p.batch <= DecodeMemory<Config>::most_lengths && p.stages > 1;
+  bool const even = a.even.divisor > 0;
+  bool const guesses = a.guesses && p.batch <= DecodeMemory<Config>::most_lengths && p.stages > 1;
   int* const cached = shared.lengths();
 #pragma unroll 1
-  for (int pass = a.even.divisor > 0 || guesses ? 0 : 1; pass < 2; ++pass) {
+  for (int pass = even || guesses ? 0 : 1; pass < 2; ++pass) {
     bool const acts = pass == 1;
     if (acts) {
       wait_for_prerequisites();
-      if (!a.late) launch_dependents();
+      if (even && !a.late) launch_dependents();
     }
-    if (a.even.divisor > 0) {
+    if (even) {
       int index;
       part = even_part<Config>(a, index);
       parts = a.even.divisor;
@@ -152,7 +153,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     part.first = range.begin + way;
     part.end = range.end;
     part.slot = parts == 1 ? -1 : number;
-    part.vain = a.even.divisor > 0 ? ahead && part.first >= part.end : vain;
+    part.vain = even ? ahead && part.first >= part.end : vain;
     part.keys = part.cached + p.new_tokens;
     part.full_begin = range.full_begin;
     part.full_end = range.full_end;
@@ -174,6 +175,9 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     }
     return;
   }
+
+  // (Blocks without a part end first: they let go the kernel behind when they have made room for it.)
+  if (!even && !a.late) launch_dependents();
 
 #pragma unroll 1
   for (int shares = shares_of(a);;) {
