@@ -639,8 +639,9 @@ def test_three_warpgroups_for_long_sequences(device, large_kernel, head_dim, cau
 @needs_sm90
 @pytest.mark.parametrize("head_dim", [40, 64])
 def test_three_or_four_warpgroups(device, large_kernel, head_dim):
-    """Head dimension 64: three warpgroups of 128 keys for long sequences without a causal mask, and variable lengths;
-    four of 64 for the others, and where the tile must not depend on the batch."""
+    """Head dimension 64: three warpgroups of 128 keys for long sequences without a causal mask, where they leave 0.8%
+    of the rows empty (3% at 2,048 and 4,096 tokens), and for variable lengths; four of 64 for the others, and where the
+    tile must not depend on the batch."""
 
     def tile(batch, seqlen, **options):
         p = shape_plan("h100", (batch, seqlen, 32, head_dim), **options)
@@ -648,7 +649,7 @@ def test_three_or_four_warpgroups(device, large_kernel, head_dim):
 
     for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
         batch = 16384 // seqlen
-        assert tile(batch, seqlen) == ((256, 64) if seqlen < 2048 else (192, 128)), seqlen
+        assert tile(batch, seqlen) == ((256, 64) if seqlen < 8192 else (192, 128)), seqlen
         assert tile(batch, seqlen, causal=True) == tile(batch, seqlen, batch_invariant=True) == (256, 64)
         assert tile(batch, seqlen, softcap=30.0) == (128, 128)
     for causal in (False, True):

@@ -42,12 +42,12 @@ struct HopperTile {
   }
   // What a row of queries costs with this tile, in hundredths of what it costs with three warpgroups (sm90/tiles.inc).
   // Two share keys and values with fewer others: 0.96 of the speed at 96. At head dimension 64 four of 64 keys need 4%
-  // more clocks than three of 128, but leave more of an uneven tile out; and two hide less of each other's softmax than
-  // four: 0.84 to 0.9 of their speed.
+  // more clocks than three of 128, under load 2% more time, but leave more of an uneven tile out; and two hide less of
+  // each other's softmax than four: 0.84 to 0.9 of their speed.
   int row_cost(bool uneven) const {
     if (warpgroups == 3) return 100;
     if (head_dim != 64) return 104;
-    int const four = uneven ? 96 : 104;
+    int const four = uneven ? 96 : 102;
     return warpgroups == 4 ? four : four * 115 / 100;
   }
 };
