@@ -27,6 +27,11 @@ constexpr HopperDecodeTile sm90_tiles[] = {
 #include "sm90/decode_tiles.inc"
 #undef FLASHCORE_SM90_DECODE
 };
+constexpr TurnedDecodeTile turned_tiles[] = {
+#define FLASHCORE_SM90_DECODE_TURNED(...) {__VA_ARGS__},
+#include "sm90/decode_turned_tiles.inc"
+#undef FLASHCORE_SM90_DECODE_TURNED
+};
 
 // The smallest instance that holds the head dimension; with two slices of rows where one is not enough for all.
 template <class Tile, size_t count>
@@ -164,7 +169,7 @@ constexpr int most_blocks = 64, least_blocks = 48;
 // dimension 128, one sequence, us: 4,096 keys 9.3 (in 32 parts 13.6), 32,768 46.8 (48.9), with 16 rows 47.6 (60),
 // 131,072 keys 177 (178); 8,192 keys of 4 heads 11.6 (in 64 parts 20.5), of 2 heads 9.2 (28.1), of one 7.9 (25.2).
 Division in_clusters(int64_t items, const Work& work, int most, bool by_own_length) {
-  int cluster = HopperDecodeTile::most_cluster;
+  int cluster = HopperTile::most_cluster;
   while (cluster > 1 && items * cluster > most) cluster /= 2;
   int64_t const blocks = items * cluster;
   int64_t parts = std::max<int64_t>(most_blocks / blocks, 1);
@@ -175,13 +180,13 @@ Division in_clusters(int64_t items, const Work& work, int most, bool by_own_leng
 
 // Blocks that run at once. Clusters of 4 and 8 find room on 120 of 132 multiprocessors, which stand in groups of 16 and
 // 18, some of less (an H100, two blocks a multiprocessor: 132 clusters of 2, 62 of 4, 30 of 8).
-int64_t blocks_at_once(const DeviceProperties& device, const HopperDecodeTile& tile, int cluster) {
+int64_t blocks_at_once(const DeviceProperties& device, int blocks_a_unit, int cluster) {
   int64_t const units = cluster > 2 ? int64_t{device.units} * 10 / 11 : device.units;
-  return units * tile.blocks_a_unit();
+  return units * blocks_a_unit;
 }
 
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
-                     HopperDecodeTile const& tile) {
+                     HopperTile const& tile, int blocks_a_unit) {
   bool const one_row_tile = work.rows <= tile.rows();
   int64_t const batch = problem.query.shape[0];
   // As if the sequence were alone.
@@ -199,32 +204,34 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
     int const most = batch == 1 && tile.head_dim <= 64 ? 2 * most_blocks : most_blocks;
     Division alone = in_clusters(work.lines, work, most, batch > 1);
     auto const fits = [&] {
-      return batch * work.lines * alone.cluster * alone.parts <= blocks_at_once(device, tile, alone.cluster);
+      return batch * work.lines * alone.cluster * alone.parts <= blocks_at_once(device, blocks_a_unit, alone.cluster);
     };
     // In half as many blocks where some would have to wait.
     if (batch <= 4 && alone.cluster > 1 && !fits()) alone.cluster /= 2;
     if (work.lines <= most && fits() && alone.cluster <= work.tiles_a_line) return alone;
   }
   // All blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
-  int64_t parts = blocks_at_once(device, tile, 1) / work.items;
+  int64_t parts = blocks_at_once(device, blocks_a_unit, 1) / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
   return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false};
 }
 
-Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
+// How a kernel with such tiles would do it.
+template <class Tile>
+Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device, const char* kernel, const Tile& tile) {
   Sizes const s = sizes(problem);
-  Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
-  HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
+  Work const work(s, tile.rows());
   int const blocks_a_unit = tile.blocks_a_unit();
-  Division const division = division_of(problem, device, work, tile);
+  Division const division = division_of(problem, device, work, tile, blocks_a_unit);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
   int const cluster_rows = division.cluster > 1 ? part_rows : 0;
-  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
+  int const merge = division.cluster > 1 && division.parts == 1 ? 0 : merge_shared_memory;
+  int const bytes = (device.shared_memory_per_unit - merge) / blocks_a_unit - 1024;
   int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
 
   Plan plan;
   plan.backend = Backend::sm90;
-  plan.kernel = "sm90_decode";
+  plan.kernel = kernel;
   plan.head_dim = tile.head_dim;
   plan.tile_q = tile.rows();
   plan.tile_k = DecodeParts::tile_k;
@@ -247,6 +254,37 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   plan.blocks = parts * division.cluster;
   if (plan.splits > 1) plan.workspace = parts * part_rows * (s.head_dim_v + 1) * 4;
   return plan;
+}
+
+// FLASHCORE_SM90_DECODE: "turned", wherever it can run, or "straight"; else plan() chooses.
+std::optional<bool> forced_turned() {
+  char const* const text = std::getenv("FLASHCORE_SM90_DECODE");
+  if (text == nullptr || text[0] == '\0') return std::nullopt;
+  if (std::string_view(text) == "turned") return true;
+  if (std::string_view(text) == "straight") return false;
+  throw ValueError(std::string("FLASHCORE_SM90_DECODE: got \"") + text + "\"; expected \"turned\" or \"straight\"");
+}
+
+// Whether sm90_decode_turned, whose plan `turned` would be, is the faster kernel.
+bool turns(const KvCacheProblem& problem, const Plan& turned) {
+  Sizes const s = sizes(problem);
+  return s.batch == 1 && !problem.batch_invariant && turned.cluster > 1 && turned.splits == 1 && s.seqlen_k >= 4096;
+}
+
+Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
+  Sizes const s = sizes(problem);
+  int64_t const rows = Work(s, 1).rows;
+  HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, rows);
+  auto const is_turned = [&](const TurnedDecodeTile& other) {
+    return other.head_dim == tile.head_dim && other.slices == tile.slices;
+  };
+  auto const other = std::find_if(std::begin(turned_tiles), std::end(turned_tiles), is_turned);
+  std::optional<bool> const forced = forced_turned();
+  if (other != std::end(turned_tiles) && forced.value_or(true)) {
+    Plan const plan = plan_sm90(problem, device, "sm90_decode_turned", *other);
+    if (forced || turns(problem, plan)) return plan;
+  }
+  return plan_sm90(problem, device, "sm90_decode", tile);
 }
 
 // --- Decode kernels and forward kernels ------------------------------------------------------------------------------
@@ -321,7 +359,8 @@ Plan plan(const KvCacheProblem& problem, const DeviceProperties& device) {
 }
 
 bool decodes(const Plan& plan) {
-  return std::string_view(plan.kernel) == "sm90_decode" || std::string_view(plan.kernel) == "sm80_decode";
+  std::string_view const kernel = plan.kernel;
+  return kernel == "sm90_decode" || kernel == "sm90_decode_turned" || kernel == "sm80_decode";
 }
 
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan) {
@@ -329,9 +368,11 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   if (!decodes(plan)) return explain(forward_of(problem), device, plan);
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
-  int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
-                                                                                          plan.cluster > 1 ? rows : 0)
-                            : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
+  int const slices = plan.tile_q / 16, cluster_rows = plan.cluster > 1 ? rows : 0;
+  int const stages = !hopper ? DecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory)
+                     : std::string_view(plan.kernel) == "sm90_decode"
+                         ? HopperDecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory, cluster_rows)
+                         : TurnedDecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory, cluster_rows);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +
                      (problem.backend == Backend::automatic ? "" : " (backend forced)") + ": ";

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a plan to an instance of the Hopper decode kernel, and the merge of the parts.
+// From a plan to an instance of the Hopper decode kernels, and the merge of the parts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <string_view>
 
 #include "flashcore/error.h"
 #include "sm80/decode_merge.cuh"
@@ -16,18 +18,26 @@ template <class Element, int head_dim, int slices>
 struct DecodeConfig;
 template <class Config>
 void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
+template <class Element, int head_dim, int slices>
+struct TurnedConfig;
+template <class Config>
+void run_decode_turned(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
 
 namespace {
 
 template <class Element>
-bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_DECODE(D, slices)                                \
-  if (plan.head_dim == D && plan.tile_q == 16 * slices) {               \
-    run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream); \
-    return true;                                                        \
-  }
+bool run(DecodeParams const& params, Plan const& plan, bool turned, cudaStream_t stream) {
+  auto const is = [&](bool of_turned, int head_dim, int slices) {
+    return turned == of_turned && plan.head_dim == head_dim && plan.tile_q == 16 * slices;
+  };
+#define FLASHCORE_SM90_DECODE(D, slices) \
+  if (is(false, D, slices)) return run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream), true;
 #include "sm90/decode_tiles.inc"
 #undef FLASHCORE_SM90_DECODE
+#define FLASHCORE_SM90_DECODE_TURNED(D, slices) \
+  if (is(true, D, slices)) return run_decode_turned<TurnedConfig<Element, D, slices>>(params, plan, stream), true;
+#include "sm90/decode_turned_tiles.inc"
+#undef FLASHCORE_SM90_DECODE_TURNED
   return false;
 }
 
@@ -72,8 +82,10 @@ void merge(DecodeParams const& p, cudaStream_t stream) {
 void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream) {
   DecodeParams p{};
   static_cast<sm80::DecodeParams&>(p) = sm80::decode_params(params, plan, workspace);
-  HopperDecodeTile const tile{plan.head_dim, plan.tile_q / 16};
-  p.stages = tile.stages_of(plan.shared_memory, plan.cluster > 1 ? p.part_rows : 0);
+  bool const turned = std::string_view(plan.kernel) == "sm90_decode_turned";
+  int const slices = plan.tile_q / 16, cluster_rows = plan.cluster > 1 ? p.part_rows : 0;
+  p.stages = turned ? TurnedDecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory, cluster_rows)
+                    : HopperDecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory, cluster_rows);
   int const lines = p.heads_k * p.row_tiles, most = plan.even_parts == 0 ? plan.splits : 0;
   int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
   p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
@@ -82,7 +94,7 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   // it.
   p.even = most > 0 ? most == 1 : p.batch == 1 ? plan.even_parts : 0;
   auto const s = static_cast<cudaStream_t>(stream);
-  bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
+  bool const found = dtype == float16 ? run<__half>(p, plan, turned, s) : run<__nv_bfloat16>(p, plan, turned, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
   if (plan.workspace > 0) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
 }

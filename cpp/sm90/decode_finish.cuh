@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a part in the Hopper decode kernel: the warps' results become the block's, the blocks' the cluster's.
+// The end of a part in the Hopper decode kernels: the consumers' results become the block's, the blocks' the cluster's.
+//
+// Producers go the same way before the consumers get there and do nothing on it (`acts` is false): they fetch the
+// instructions, which would take longer than to execute them.
 #pragma once
 
 #include <type_traits>
@@ -36,10 +39,10 @@ __device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart c
 // This block's columns of the item's rows, when all blocks of the cluster have sent theirs: a thread has four columns
 // of a row, and takes the blocks' in their order.
 template <class Config>
-__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
+__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, typename Config::Memory const& shared, int rank,
                                               bool acts) {
   DecodePart const& part = shared.part();
-  constexpr int most = HopperDecodeTile::most_cluster;
+  constexpr int most = HopperTile::most_cluster;
   int const blocks = 1 << a.log_cluster, columns = Config::head_dim >> a.log_cluster, rows = part.valid_rows;
   if (acts) shared.received_all()->wait(0);
 #pragma unroll 1
@@ -73,64 +76,17 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
   }
 }
 
-// The end of a part. The producer's warp goes the same way before the consumers get there and does nothing on it
-// (`acts` is false): it fetches the instructions, which would take longer than to execute them.
-//
-// In a cluster each block sends its result to the others: equal shares of the columns, and to all the log-sum-exp.
-template <class Config>
-__device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
-                                       int warp, int lane, bool acts) {
-  constexpr int head_dim = Config::head_dim, rows = Config::rows;
-  constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
+// The sum of what `copies` groups of consumers, each for itself, have put into shared.outputs(): (copies, rows,
+// merge_stride). In a cluster each block sends it to the others: equal shares of the columns.
+template <class Config, int copies>
+__device__ __forceinline__ void finish_block(DecodeArguments const& a, typename Config::Memory const& shared, int rank,
+                                             bool acts) {
+  constexpr int head_dim = Config::head_dim, rows = Config::rows, consumers = Config::consumers;
+  constexpr int merge_stride = Config::tile.merge_stride();
   DecodePart const& part = shared.part();
-  float const factor = a.p.score.factor;
-  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-  int const blocks = 1 << a.log_cluster, columns = head_dim >> a.log_cluster, rank = blockIdx.x & (blocks - 1);
+  int const columns = head_dim >> a.log_cluster;
   uint32_t const received_all = shared_address(shared.received_all());
-
-  // The warps' results become one: each scales its own by its weight over the sum of all.
-  int const key_warp = warp % Config::key_warps, first_row = warp / Config::key_warps % Config::slices * 16;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    SoftmaxRow const& state = work.state[0][half];
-    float const sum = quad_sum(state.sum);
-    int const at = key_warp * rows + first_row + half * 8 + lane / 4;
-    if (acts && lane % 4 == 0) shared.maxima()[at] = state.max, shared.sums()[at] = sum;
-  }
-  if (a.log_cluster > 0) cluster_wait_acquire();  // all blocks run, and may be sent to
-  if (acts) consumers_sync(consumers);            // the states are there, and nobody reads the stages any more
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const row = first_row + half * 8 + lane / 4;
-    if (first_row + half * 8 >= part.valid_rows) continue;
-    SoftmaxRow all;
-#pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) all.max = fmaxf(all.max, read(shared.maxima() + w * rows + row));
-    float const top = all.max == minus_infinity() ? 0.0f : all.max;
-#pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) {
-      all.sum +=
-          exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) * read(shared.sums() + w * rows + row);
-    }
-    float const weight = exp2_of((work.state[0][half].max - top) * factor) * all.inverse_sum();
-    uint32_t const to = shared_address(shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2);
-#pragma unroll
-    for (int n = 0; n < head_dim / 8; ++n) {
-      store_shared(acts, to + n * 32, work.o[0][n][2 * half] * weight, work.o[0][n][2 * half + 1] * weight);
-    }
-    if (key_warp == 0 && row < part.valid_rows) {
-      float const lse = all.lse(factor);
-      if (a.log_cluster > 0) {
-        uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
-#pragma unroll 1
-        for (int block = lane % 4; block < blocks; block += 4) {
-          send(acts, in_block(at, block), lse, in_block(received_all, block));
-        }
-      } else if (lane % 4 == 0) {
-        write_lse(a, part, row, lse, acts);
-      }
-    }
-  }
+  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
   if (acts) consumers_sync(consumers);  // the outputs are there
   constexpr int row_pieces = head_dim / 4;
 #pragma unroll 1
@@ -138,9 +94,9 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     int const row = i / row_pieces, column = i % row_pieces * 4;
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) {
+    for (int copy = 0; copy < copies; ++copy) {
       float4 const x =
-          read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + column));
+          read(reinterpret_cast<float4 const*>(shared.outputs() + (copy * rows + row) * merge_stride + column));
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
     if (a.log_cluster > 0) {

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the Hopper decode kernels are launched.
+#pragma once
+
+#include <bit>
+
+#include "core/cuda_check.h"
+#include "core/once_per_device.h"
+#include "flashcore/plan.h"
+#include "sm90/decode_block.cuh"
+#include "sm90/dependent_launch.h"
+
+namespace flashcore::sm90 {
+
+template <class Config>
+void launch_decode(void (*kernel)(DecodeArguments), DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
+  constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
+  bool const paged = p.page_table != nullptr;
+  int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
+  // One box brings all columns of its keys.
+  bool const whole = p.head_dim == 64 * Config::panels && Config::holds_whole_boxes(box_rows);
+  auto const cache = [&](Rows<void const*> const& rows) {
+    return tensor_map(
+        {rows.data,
+         dtype,
+         whole ? 64 : p.head_dim,
+         {paged ? p.page_size : p.seqlen_k, whole ? Config::panels : 1, p.heads_k, paged ? p.pages : p.batch},
+         {rows.row_stride, 64, rows.head_stride, rows.batch_stride},
+         {box_rows, whole ? Config::panels : 1}});
+  };
+  auto const log2_of_power = [](int x) { return std::countr_zero(static_cast<unsigned>(x)); };
+  // A single sequence's clusters leave room for the next call's, whose first tiles then come while these end. (4,096
+  // keys 9.8 us, 9.2 so, and 9.0 with five tiles; 32,768 47.4, 46.8; but 131,072 176.6, 179.) Where parts are found by
+  // the lengths, blocks start while the merge before works, and bring one tile: 8 sequences of 8,192 keys 93.1 us, 91.1
+  // so, 93.4 with two.
+  constexpr int most_prefetched = 5, most_keys = 65536;
+  bool const alone = p.batch == 1 && plan.cluster > 1;
+  int const prefetched = alone ? (p.seqlen_k <= most_keys ? most_prefetched : 0) : p.even == 0;
+  DecodeArguments const arguments{cache(p.k),
+                                  cache(p.v),
+                                  p,
+                                  p.parts,
+                                  Divisor::of(p.group),
+                                  Divisor::of(p.row_tiles),
+                                  log2_of_power(box_rows),
+                                  paged ? log2_of_power(p.page_size) : 0,
+                                  whole ? 1 : Config::panels,
+                                  p.even > 0 ? Divisor::of(p.even) : Divisor{0},
+                                  log2_of_power(plan.cluster),
+                                  prefetched,
+                                  p.even == 0 || prefetched > 0};
+
+  static OncePerDevice once;
+  once([&] {
+    constexpr int most_shared_memory = 227 << 10;  // of a block on compute capability 9.0
+    char const* const preparing = "preparing the sm90 decode kernel";
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory),
+               preparing);
+    cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        preparing);
+  });
+  launch_dependent(
+      kernel,
+      {dim3(static_cast<unsigned>(plan.blocks)), Config::threads, plan.shared_memory, plan.cluster, /*early=*/true},
+      stream, arguments, "launching the sm90 decode kernel");
+}
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a block of sm90_decode_turned has of its own: its shared memory, the rings that its producers fill, and what its
+// consumers have in registers.
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "sm90/decode_block.cuh"
+#include "sm90/tensor_core.h"
+
+namespace flashcore::sm90 {
+
+// A tile of keys or values, or of the block's queries, lies in shared memory as tensor_core.h has it: panels of 64
+// columns. Where a row's 16-byte chunk lies in a tile of `rows` rows:
+template <int rows>
+__device__ __forceinline__ int panel_offset(int row, int chunk) {
+  return chunk / 8 * rows * row_bytes + row * row_bytes + ((chunk ^ row) & 7) * 16;
+}
+
+template <class Config>
+struct TurnedMemory {
+  static constexpr TurnedDecodeTile tile = Config::tile;
+  static constexpr int groups = Config::groups, most_stages = HopperTile::most_stages;
+  char* base;
+  int stages;
+
+  __device__ __forceinline__ char* queries() const { return base; }
+  // Of a tile's keys, (rows, 64), of each group
+  __device__ __forceinline__ char* weights(int group) const {
+    return base + tile.q_bytes() + group * tile.weights_bytes();
+  }
+  // A group's maxima or sums, (key_warps, rows), in its weights' place.
+  __device__ __forceinline__ float* states(int group) const { return reinterpret_cast<float*>(weights(group)); }
+  // Of a group's slots, which hold its tiles' keys and values in turn.
+  __device__ __forceinline__ DecodeBarrier* full(int group) const {
+    return reinterpret_cast<DecodeBarrier*>(weights(groups)) + group * most_stages;
+  }
+  __device__ __forceinline__ DecodeBarrier* empty(int group) const { return full(groups + group); }
+  // A group's products with its weights have ended.
+  __device__ __forceinline__ DecodeBarrier& weights_read(int group) const { return full(2 * groups)[group]; }
+  __device__ __forceinline__ DecodeBarrier* received_all() const { return full(2 * groups) + groups; }
+  __device__ __forceinline__ DecodePart& part() const { return *reinterpret_cast<DecodePart*>(received_all() + 2); }
+  // Where there are pages, a bit for each box of a slot's keys whose page does not exist.
+  __device__ __forceinline__ uint32_t* absent(int group) const {
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64) + group * most_stages;
+  }
+  // A weight of a group's is 2 ^ (score * factor - reference of the row).
+  __device__ __forceinline__ float* references(int group) const {
+    return reinterpret_cast<float*>(absent(groups)) + group * Config::rows;
+  }
+
+  // As many slots a group as there are stages, of keys and values, for all.
+  __device__ __forceinline__ char* slot(int group, int i) const {
+    static_assert(groups == 2);
+    return base + tile.head_bytes() + (group * stages + i) * Config::kv_bytes;
+  }
+  // (groups, rows, merge_stride), when the slots have been read
+  __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(slot(0, 0)); }
+  // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows). In the slots' place, too:
+  // a block sends when all have read theirs.
+  __device__ __forceinline__ float* received() const {
+    constexpr int merge_bytes = tile.merge_bytes();
+    return reinterpret_cast<float*>(slot(0, 0) + merge_bytes);
+  }
+  __device__ __forceinline__ float* received_lse(int rows) const { return received() + rows * Config::head_dim; }
+};
+
+// The producer's side of a group's ring. A lane asks for a box of a tile's keys, then of its values, or for a panel of
+// it: boxes of fewer keys than a tile has do not lie there with all columns.
+template <class Config>
+struct TurnedRing {
+  DecodeArguments const& a;
+  TurnedMemory<Config> const& shared;
+  int group, lane, lane_box, lane_panel;
+  RingPlace place;
+
+  __device__ __forceinline__ TurnedRing(DecodeArguments const& a, TurnedMemory<Config> const& shared, int group,
+                                        int lane)
+      : a(a),
+        shared(shared),
+        group(group),
+        lane(lane),
+        lane_box(a.column_boxes == 1 ? lane : lane / Config::panels),
+        lane_panel(lane - lane_box * a.column_boxes) {}
+
+  // The box of a tile that this lane asks for, if there are so many.
+  __device__ __forceinline__ int box() const { return lane_box; }
+
+  // A tile of which this lane's box begins at row `row` of block `block` of the cache; -1: of a page that does not
+  // exist, whose box comes as zeros from behind the last page.
+  __device__ __forceinline__ void load(int row, int head, int block, bool acts) {
+    bool const has_box = lane_box < Config::tile_k >> a.log_box;
+    uint32_t const absent = __ballot_sync(0xffffffffu, has_box && block < 0);
+    int const at = block < 0 ? max_of(a.p.pages, 1) : block;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      bool const keys = i == 0;
+      DecodeBarrier& full = shared.full(group)[place.number];
+      if (acts) shared.empty(group)[place.number].wait(place.phase ^ 1);
+      if (acts && lane == 0) {
+        if (keys && a.p.page_table != nullptr) shared.absent(group)[place.number] = absent;
+        full.arrive_and_expect_tx(Config::kv_bytes);
+      }
+      __syncwarp();
+      if (acts && has_box) {
+        char* const to =
+            shared.slot(group, place.number) + (lane_panel * Config::tile_k + (lane_box << a.log_box)) * row_bytes;
+        cute::SM90_TMA_LOAD_5D::copy(keys ? &a.k : &a.v, reinterpret_cast<uint64_t*>(&full), read_once, to,
+                                     lane_panel * panel_columns, row, 0, head, at);
+      }
+      __syncwarp();
+      if (acts) place.advance(shared.stages);
+    }
+  }
+};
+
+// What a consumer's lane has in registers. The products' rows are keys, then the output's columns: lane l of warp w has
+// those that are l / 4 and l / 4 + 8 past the w-th 16 of each 64. Their columns are the rows of queries, of which it
+// has row(i) for i < rows_held.
+template <class Config>
+struct TurnedWork {
+  static constexpr int rows_held = Config::rows / 4;
+  float o[Config::panels][Config::rows / 2];
+  float sum[rows_held];  // of the weights of the lane's own keys
+
+  static __device__ __forceinline__ int row(int i, int lane) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) {
+#pragma unroll
+      for (int i = 0; i < Config::rows / 2; ++i) o[m][i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < rows_held; ++i) sum[i] = 0.0f;
+  }
+  static constexpr float no_reference = -3.0e38f;  // any score is above it
+};
+
+template <class Element_, int head_dim_, int slices_>
+struct TurnedConfig {
+  using Element = Element_;
+  static constexpr TurnedDecodeTile tile{head_dim_, slices_};
+  static constexpr int head_dim = head_dim_;
+  static constexpr int rows = tile.rows(), warps = tile.warps(), consumers = 32 * warps, threads = tile.threads();
+  static constexpr int groups = TurnedDecodeTile::groups, producers = groups, group_threads = consumers / groups;
+  static constexpr int tile_k = DecodeParts::tile_k;
+  static constexpr int key_warps = HopperTile::key_warps, warp_keys = HopperTile::warp_keys;
+  static_assert(tile_k == key_warps * warp_keys && tile_k == 64 && head_dim % 64 == 0);
+
+  static constexpr int panels = tile.panels(), kv_bytes = tile.kv_bytes();
+  static constexpr int blocks_a_unit = tile.blocks_a_unit();
+  // The logarithm of the largest weight, so that the element type holds it, and sums of it are far from infinite.
+  static constexpr float slack = std::is_same_v<Element, __half> ? 14.0f : 40.0f;
+  // And of the least of a group's first tile, by which references may begin as 0.
+  static constexpr float least = std::is_same_v<Element, __half> ? -4.0f : -40.0f;
+  // Whether a box of so many keys may lie in shared memory with all columns.
+  static constexpr bool holds_whole_boxes(int box_rows) { return box_rows == tile_k; }
+
+  using Memory = TurnedMemory<TurnedConfig>;
+  using Ring = TurnedRing<TurnedConfig>;
+  using Work = TurnedWork<TurnedConfig>;
+};
+
+}  // namespace flashcore::sm90

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warps of sm90_decode_turned that multiply what has come, a group of four each 16 keys of every other tile, and
+// make one result of theirs.
+#pragma once
+
+#include "sm90/decode_finish.cuh"
+#include "sm90/decode_inputs.cuh"
+#include "sm90/decode_turned_config.cuh"
+
+namespace flashcore::sm90 {
+
+// The consumers of a group; and whether `x` is true for any of them.
+__device__ __forceinline__ void group_sync(int group, int threads) {
+  if (group == 0) {
+    asm volatile("barrier.cta.sync.aligned 3, %0;" ::"r"(threads) : "memory");
+  } else {
+    asm volatile("barrier.cta.sync.aligned 4, %0;" ::"r"(threads) : "memory");
+  }
+}
+__device__ __forceinline__ bool group_any(int group, int threads, bool x) {
+  int any;
+  if (group == 0) {
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, 3, %2, p;\n"
+        "selp.b32 %0, 1, 0, q;\n}"
+        : "=r"(any)
+        : "r"(int{x}), "r"(threads)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, 4, %2, p;\n"
+        "selp.b32 %0, 1, 0, q;\n}"
+        : "=r"(any)
+        : "r"(int{x}), "r"(threads)
+        : "memory");
+  }
+  return any != 0;
+}
+// Raises the rows' references to the largest of a tile's scores, and multiplies sums and output by what that changes.
+// `begins`: the tile is the group's first, and the references are its largest scores.
+// All consumers of a group come here together.
+template <class Config>
+__device__ __forceinline__ void raise_references(typename Config::Memory const& shared, typename Config::Work& work,
+                                                 float const (&s)[Config::rows / 2], float factor, bool begins,
+                                                 int warp, int lane) {
+  constexpr int rows_held = Config::Work::rows_held;
+  int const group = warp / Config::key_warps;
+  float* const states = shared.states(group);  // nobody reads the weights now
+#pragma unroll
+  for (int r = 0; r < rows_held; ++r) {
+    int const x = r / 2 * 4 + r % 2;
+    float most = fmaxf(s[x], s[x + 2]) * factor;
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    if (lane < 4) states[warp % Config::key_warps * Config::rows + Config::Work::row(r, lane)] = most;
+  }
+  group_sync(group, Config::group_threads);
+  float ratio[rows_held], raised[rows_held];
+#pragma unroll
+  for (int r = 0; r < rows_held; ++r) {
+    int const row = Config::Work::row(r, lane);
+    float const before = begins ? Config::Work::no_reference : shared.references(group)[row];
+    float reference = before;
+#pragma unroll
+    for (int w = 0; w < Config::key_warps; ++w) {
+      reference = fmaxf(reference, states[w * Config::rows + row]);
+    }
+    ratio[r] = exp2_of(before - reference);
+    work.sum[r] *= ratio[r];
+    raised[r] = reference;
+  }
+  group_sync(group, Config::group_threads);  // all have read both
+  if (warp % Config::key_warps == 0 && lane < 4) {
+#pragma unroll
+    for (int r = 0; r < rows_held; ++r) shared.references(group)[Config::Work::row(r, lane)] = raised[r];
+  }
+  group_sync(group, Config::group_threads);
+#pragma unroll
+  for (int m = 0; m < Config::panels; ++m) {
+#pragma unroll
+    for (int x = 0; x < Config::rows / 2; ++x) work.o[m][x] *= ratio[x / 4 * 2 + x % 2];
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume(DecodeArguments const& a, typename Config::Memory const& shared,
+                                        typename Config::Work& work, int warp, int lane) {
+  using Element = typename Config::Element;
+  constexpr int rows = Config::rows;
+  sm80::DecodeParams const& p = a.p;
+  DecodePart const& part = shared.part();
+
+  if (!bring_queries<Config>(a, shared, [](int row, int chunk) { return panel_offset<rows>(row, chunk); })) return;
+  if (threadIdx.x < Config::groups * rows) shared.references(0)[threadIdx.x] = 0.0f;
+  cutlass::arch::fence_view_async_shared();
+  consumers_sync(Config::consumers);  // the queries are here, for the products, too
+
+  // The groups take the tiles in turn. Of a tile, this warp's first key:
+  int const group = warp / Config::key_warps, tile_key = warp % Config::key_warps * Config::warp_keys;
+  float const factor = p.score.factor;
+  RingPlace place;
+  int const count = part.count;
+  auto const release = [&] {
+    __syncwarp();  // all lanes are done with it
+    if (lane == 0) shared.empty(group)[place.number].arrive();
+    place.advance(shared.stages);
+  };
+  auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile, int first, bool here) {
+    if (here && first + Config::warp_keys > part.cached) {
+      patch<Config>(p, appended, clears, part, first, lane,
+                    [&](int row, int chunk) { return tile + panel_offset<Config::tile_k>(tile_key + row, chunk); });
+    }
+    cutlass::arch::fence_view_async_shared();  // the products read it, and TMA writes there again
+    group_sync(group, Config::group_threads);
+  };
+
+  uint32_t const to = shared_address(shared.weights(group));
+  uint64_t const queries = operand(shared_address(shared.queries()), 0),
+                 slots = operand(shared_address(shared.slot(group, 0)), 0), weights_operand = operand(to, 0);
+  auto const end_products = [&] {
+    cute::warpgroup_wait<0>();
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
+  };
+  work.clear();
+#pragma unroll 1
+  for (int i = group; i < count; i += Config::groups) {
+    int const turn = i / Config::groups, tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
+    shared.full(group)[place.number].wait(place.phase);
+    bool const here = p.page_table == nullptr ||
+                      (shared.absent(group)[place.number] >> ((tile_key >> a.log_box) * a.column_boxes) & 1) == 0;
+    bool const has_edge = (tile + 1) * Config::tile_k > part.cached;
+    if (has_edge && p.new_tokens > 0) patch_with(p.new_k, false, shared.slot(group, place.number), first, here);
+
+    float s[rows / 2];
+    hold(s);
+    cute::warpgroup_arrive();
+    uint64_t const keys = behind(slots, place.number * Config::kv_bytes);
+#pragma unroll
+    for (int d = 0; d < Config::head_dim / 16; ++d) {
+      int const panel = d / 4, right = d % 4 * 32;
+      multiply_shared<Element, rows, wgmma::Major::K>(s, behind(keys, panel * Config::tile_k * row_bytes + right),
+                                                      behind(queries, panel * rows * row_bytes + right), d > 0);
+    }
+    cute::warpgroup_commit_batch();
+    hold(s);
+    if (i >= Config::groups) shared.weights_read(group).wait(~turn & 1);
+    end_products();
+    hold(s);
+    release();
+    if (!p.plain_score) {
+      p.score.transform_all([&](auto transform) {
+#pragma unroll
+        for (int x = 0; x < rows / 2; ++x) s[x] = transform(s[x]);
+      });
+    }
+    if (!here || tile < part.full_begin || tile >= part.full_end) {  // keys that not all queries see
+      Mask const mask = cache_mask(p, part.keys);
+      int const key = first + lane / 4;
+#pragma unroll
+      for (int r = 0; r < Config::Work::rows_held; ++r) {
+        int const token = a.group.quotient(part.first_row + Config::Work::row(r, lane));
+        int const first_key = mask.first_key(token), end_key = here ? mask.end_key(token) : first_key;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (key + 8 * half < first_key || key + 8 * half >= end_key)
+            s[r / 2 * 4 + half * 2 + r % 2] = minus_infinity();
+        }
+      }
+    }
+
+    // The weights, by references that are as they were, 0 at first, unless a weight would exceed what there is room
+    // for, or the first tile has some that are too small.
+    float sum[Config::Work::rows_held];
+    auto const weigh = [&] {
+      float most = minus_infinity(), least = 0.0f;
+#pragma unroll
+      for (int j = 0; j < rows / 16; ++j) {
+        float w[8];
+        float2 reference[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          reference[h] =
+              *reinterpret_cast<float2 const*>(shared.references(group) + Config::Work::row(4 * j + 2 * h, lane));
+        }
+#pragma unroll
+        for (int x = 0; x < 8; ++x) {
+          float const power = s[8 * j + x] * factor - (x % 2 == 0 ? reference[x / 4].x : reference[x / 4].y);
+          most = fmaxf(most, power);
+          if constexpr (rows == 16) least = fminf(least, power);
+          w[x] = exp2_of(power);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sum[4 * j + r] = w[r / 2 * 4 + r % 2] + w[r / 2 * 4 + 2 + r % 2];
+        // This lane's row of the four matrices that are stored, each transposed: eight rows' weights of eight keys.
+        int const row = j * 16 + lane / 16 * 8 + lane % 8, chunk = tile_key / 8 + lane / 8 % 2;
+        using P = Precision<Element>;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                         to + row * row_bytes + ((chunk ^ row) & 7) * 16),
+                     "r"(P::pack(w[0], w[1])), "r"(P::pack(w[2], w[3])), "r"(P::pack(w[4], w[5])),
+                     "r"(P::pack(w[6], w[7]))
+                     : "memory");
+      }
+      cutlass::arch::fence_view_async_shared();
+      return most > Config::slack || (turn == 0 && (rows > 16 || least < Config::least));
+    };
+    if (group_any(group, Config::group_threads, weigh())) {
+      raise_references<Config>(shared, work, s, factor, turn == 0, warp, lane);
+      weigh();
+      group_sync(group, Config::group_threads);
+    }
+#pragma unroll
+    for (int r = 0; r < Config::Work::rows_held; ++r) work.sum[r] += sum[r];
+
+    shared.full(group)[place.number].wait(place.phase);
+    if (has_edge) patch_with(p.new_v, true, shared.slot(group, place.number), first, here);
+    uint64_t const values = behind(slots, place.number * Config::kv_bytes);
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int sixteen = 0; sixteen < Config::tile_k / 16; ++sixteen) {
+#pragma unroll
+      for (int m = 0; m < Config::panels; ++m) {
+        multiply_shared<Element, rows, wgmma::Major::MN>(
+            work.o[m], behind(values, (m * Config::tile_k + sixteen * 16) * row_bytes),
+            behind(weights_operand, sixteen * 32), true);
+      }
+    }
+    cute::warpgroup_commit_batch();
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
+    end_products();
+    release();
+    if (lane == 0) shared.weights_read(group).arrive();
+  }
+  // All warps of the group are done with its last weights.
+  if (int const turns = (count + Config::groups - 1 - group) / Config::groups; count > group) {
+    shared.weights_read(group).wait(~turns & 1);
+  }
+  if (count <= group && part.ahead > group) {  // a tile was asked for in vain: it is to arrive before its place is used
+    shared.full(group)[0].wait(0);
+    shared.full(group)[1].wait(0);
+  }
+}
+
+// The end of a part: the groups' results become the block's.
+template <class Config>
+__device__ __forceinline__ void finish(DecodeArguments const& a, typename Config::Memory const& shared,
+                                       typename Config::Work& work, int warp, int lane, bool acts) {
+  constexpr int rows = Config::rows;
+  constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
+  DecodePart const& part = shared.part();
+  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
+  int const blocks = 1 << a.log_cluster, rank = blockIdx.x & (blocks - 1);
+  uint32_t const received_all = shared_address(shared.received_all());
+
+  // The sums of the warps' keys become one, and the groups' results: each scales its own by its weight over the sum of
+  // all.
+  constexpr int rows_held = Config::Work::rows_held, key_warps = Config::key_warps;
+  int const group = warp / key_warps % Config::groups;
+#pragma unroll
+  for (int r = 0; r < rows_held; ++r) {
+    float sum = work.sum[r];
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    int const row = Config::Work::row(r, lane);
+    if (acts && lane < 4) shared.states(group)[warp % key_warps * rows + row] = sum;
+  }
+  if (acts) consumers_sync(consumers);  // the sums are there, and nobody reads the stages any more
+  float lse[rows_held];
+#pragma unroll
+  for (int r = 0; r < rows_held; ++r) {
+    int const row = Config::Work::row(r, lane);
+    float reference[Config::groups], sum[Config::groups], top = Config::Work::no_reference, total = 0.0f;
+#pragma unroll
+    for (int g = 0; g < Config::groups; ++g) {
+      sum[g] = 0.0f;
+#pragma unroll
+      for (int w = 0; w < key_warps; ++w) sum[g] += read(shared.states(g) + w * rows + row);
+      reference[g] = sum[g] == 0.0f ? Config::Work::no_reference : read(shared.references(g) + row);
+      top = fmaxf(top, reference[g]);
+    }
+#pragma unroll
+    for (int g = 0; g < Config::groups; ++g) total += exp2_of(reference[g] - top) * sum[g];
+    lse[r] = total == 0.0f ? minus_infinity() : (top + log2_of(total)) * ln_2;
+    float const weight = total == 0.0f ? 0.0f : exp2_of((group == 0 ? reference[0] : reference[1]) - top) / total;
+    uint32_t const to =
+        shared_address(shared.outputs() + (group * rows + row) * merge_stride + warp % key_warps * 16 + lane / 4);
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) {
+      int const x = r / 2 * 4 + r % 2;
+      store_shared(acts, to + m * 256, work.o[m][x] * weight);
+      store_shared(acts, to + m * 256 + 32, work.o[m][x + 2] * weight);
+    }
+    if (a.log_cluster == 0 && warp % Config::warps == 0 && lane < 4 && row < part.valid_rows) {
+      write_lse(a, part, row, lse[r], acts);
+    }
+  }
+  if (a.log_cluster > 0) {
+    if (acts) cluster_wait_acquire();  // all blocks have read their slots, and may be sent to
+                                       // To each block by the lanes of another eighth of a warp.
+#pragma unroll
+    for (int r = 0; r < rows_held; ++r) {
+      int const row = Config::Work::row(r, lane), block = lane / 4;
+      if (warp % Config::warps > 0 || block >= blocks || row >= part.valid_rows) continue;
+      uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
+      send(acts, in_block(at, block), lse[r], in_block(received_all, block));
+    }
+  }
+  finish_block<Config, Config::groups>(a, shared, rank, acts);
+}
+
+}  // namespace flashcore::sm90
