@@ -67,7 +67,7 @@ struct TurnedDecodeTile : HopperTile {
   // A group's weights of a tile's keys. Where these are not in use, its warps' maxima or sums.
   FLASHCORE_HD constexpr int weights_bytes() const { return rows() * 128; }
   // Barriers, which boxes are absent, the block's part.
-  static constexpr int control_bytes = 4 * most_stages * 8 + (groups + 2) * 8 + groups * most_stages * 4 + 64;
+  static constexpr int control_bytes = groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + 64;
   FLASHCORE_HD constexpr int reference_bytes() const { return groups * rows() * 4; }
   // The groups' outputs in float32, in the stages' place when these have been read. Rows are 4 floats longer than they
   // need, so that the lanes of a warp, which hold pairs of rows, write to different banks.

@@ -49,10 +49,9 @@ struct TurnedMemory {
     return reinterpret_cast<float*>(absent(groups)) + group * Config::rows;
   }
 
-  // As many slots a group as there are stages, of keys and values, for all.
+  __device__ __forceinline__ int slots() const { return 2 * stages / groups; }
   __device__ __forceinline__ char* slot(int group, int i) const {
-    static_assert(groups == 2);
-    return base + tile.head_bytes() + (group * stages + i) * Config::kv_bytes;
+    return base + tile.head_bytes() + (group * slots() + i) * Config::kv_bytes;
   }
   // (groups, rows, merge_stride), when the slots have been read
   __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(slot(0, 0)); }
@@ -109,7 +108,7 @@ struct TurnedRing {
                                      lane_panel * panel_columns, row, 0, head, at);
       }
       __syncwarp();
-      if (acts) place.advance(shared.stages);
+      if (acts) place.advance(shared.slots());
     }
   }
 };

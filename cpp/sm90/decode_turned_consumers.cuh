@@ -9,33 +9,32 @@
 
 namespace flashcore::sm90 {
 
-// The consumers of a group; and whether `x` is true for any of them.
-__device__ __forceinline__ void group_sync(int group, int threads) {
-  if (group == 0) {
-    asm volatile("barrier.cta.sync.aligned 3, %0;" ::"r"(threads) : "memory");
-  } else {
-    asm volatile("barrier.cta.sync.aligned 4, %0;" ::"r"(threads) : "memory");
+// The consumers of a group meet; group_any says whether `x` is true for any of them. (The number of a barrier is part
+// of the instruction.)
+template <class Config, int g = 0>
+__device__ __forceinline__ void group_sync(int group) {
+  if (g + 1 == Config::groups || group == g) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"n"(6 + g), "n"(Config::group_threads) : "memory");
+  } else if constexpr (g + 1 < Config::groups) {
+    group_sync<Config, g + 1>(group);
   }
 }
-__device__ __forceinline__ bool group_any(int group, int threads, bool x) {
-  int any;
-  if (group == 0) {
+template <class Config, int g = 0>
+__device__ __forceinline__ bool group_any(int group, bool x) {
+  if (g + 1 == Config::groups || group == g) {
+    int any;
     asm volatile(
-        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, 3, %2, p;\n"
+        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, %2, %3, p;\n"
         "selp.b32 %0, 1, 0, q;\n}"
         : "=r"(any)
-        : "r"(int{x}), "r"(threads)
+        : "r"(int{x}), "n"(6 + g), "n"(Config::group_threads)
         : "memory");
-  } else {
-    asm volatile(
-        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, 4, %2, p;\n"
-        "selp.b32 %0, 1, 0, q;\n}"
-        : "=r"(any)
-        : "r"(int{x}), "r"(threads)
-        : "memory");
+    return any != 0;
+  } else if constexpr (g + 1 < Config::groups) {
+    return group_any<Config, g + 1>(group, x);
   }
-  return any != 0;
 }
+
 // Raises the rows' references to the largest of a tile's scores, and multiplies sums and output by what that changes.
 // `begins`: the tile is the group's first, and the references are its largest scores.
 // All consumers of a group come here together.
@@ -54,7 +53,7 @@ __device__ __forceinline__ void raise_references(typename Config::Memory const& 
     for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
     if (lane < 4) states[warp % Config::key_warps * Config::rows + Config::Work::row(r, lane)] = most;
   }
-  group_sync(group, Config::group_threads);
+  group_sync<Config>(group);
   float ratio[rows_held], raised[rows_held];
 #pragma unroll
   for (int r = 0; r < rows_held; ++r) {
@@ -69,12 +68,12 @@ __device__ __forceinline__ void raise_references(typename Config::Memory const& 
     work.sum[r] *= ratio[r];
     raised[r] = reference;
   }
-  group_sync(group, Config::group_threads);  // all have read both
+  group_sync<Config>(group);  // all have read both
   if (warp % Config::key_warps == 0 && lane < 4) {
 #pragma unroll
     for (int r = 0; r < rows_held; ++r) shared.references(group)[Config::Work::row(r, lane)] = raised[r];
   }
-  group_sync(group, Config::group_threads);
+  group_sync<Config>(group);
 #pragma unroll
   for (int m = 0; m < Config::panels; ++m) {
 #pragma unroll
@@ -103,7 +102,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
   auto const release = [&] {
     __syncwarp();  // all lanes are done with it
     if (lane == 0) shared.empty(group)[place.number].arrive();
-    place.advance(shared.stages);
+    place.advance(shared.slots());
   };
   auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile, int first, bool here) {
     if (here && first + Config::warp_keys > part.cached) {
@@ -111,7 +110,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
                     [&](int row, int chunk) { return tile + panel_offset<Config::tile_k>(tile_key + row, chunk); });
     }
     cutlass::arch::fence_view_async_shared();  // the products read it, and TMA writes there again
-    group_sync(group, Config::group_threads);
+    group_sync<Config>(group);
   };
 
   uint32_t const to = shared_address(shared.weights(group));
@@ -204,10 +203,10 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
       cutlass::arch::fence_view_async_shared();
       return most > Config::slack || (turn == 0 && (rows > 16 || least < Config::least));
     };
-    if (group_any(group, Config::group_threads, weigh())) {
+    if (group_any<Config>(group, weigh())) {
       raise_references<Config>(shared, work, s, factor, turn == 0, warp, lane);
       weigh();
-      group_sync(group, Config::group_threads);
+      group_sync<Config>(group);
     }
 #pragma unroll
     for (int r = 0; r < Config::Work::rows_held; ++r) work.sum[r] += sum[r];
@@ -272,7 +271,7 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, typename Config
 #pragma unroll
   for (int r = 0; r < rows_held; ++r) {
     int const row = Config::Work::row(r, lane);
-    float reference[Config::groups], sum[Config::groups], top = Config::Work::no_reference, total = 0.0f;
+    float reference[Config::groups], sum[Config::groups], top = Config::Work::no_reference, total = 0.0f, own = top;
 #pragma unroll
     for (int g = 0; g < Config::groups; ++g) {
       sum[g] = 0.0f;
@@ -280,11 +279,12 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, typename Config
       for (int w = 0; w < key_warps; ++w) sum[g] += read(shared.states(g) + w * rows + row);
       reference[g] = sum[g] == 0.0f ? Config::Work::no_reference : read(shared.references(g) + row);
       top = fmaxf(top, reference[g]);
+      if (group == g) own = reference[g];
     }
 #pragma unroll
     for (int g = 0; g < Config::groups; ++g) total += exp2_of(reference[g] - top) * sum[g];
     lse[r] = total == 0.0f ? minus_infinity() : (top + log2_of(total)) * ln_2;
-    float const weight = total == 0.0f ? 0.0f : exp2_of((group == 0 ? reference[0] : reference[1]) - top) / total;
+    float const weight = total == 0.0f ? 0.0f : exp2_of(own - top) / total;
     uint32_t const to =
         shared_address(shared.outputs() + (group * rows + row) * merge_stride + warp % key_warps * 16 + lane / 4);
 #pragma unroll
@@ -298,8 +298,8 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, typename Config
     }
   }
   if (a.log_cluster > 0) {
-    if (acts) cluster_wait_acquire();  // all blocks have read their slots, and may be sent to
-                                       // To each block by the lanes of another eighth of a warp.
+    // All blocks have read their slots, and may be sent to: each by the lanes of another eighth of a warp.
+    if (acts) cluster_wait_acquire();
 #pragma unroll
     for (int r = 0; r < rows_held; ++r) {
       int const row = Config::Work::row(r, lane), block = lane / 4;

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
       asm volatile("prefetch.tensormap [%0];" ::"l"(&a.k) : "memory");
       asm volatile("prefetch.tensormap [%0];" ::"l"(&a.v) : "memory");
     }
-    if (lane < a.p.stages) {
+    if (lane < shared.slots()) {
       shared.full(group)[lane].init(1);
       shared.empty(group)[lane].init(Config::key_warps);
     }
