@@ -4,8 +4,8 @@ test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that r
 
     python tests/gpu_instances.py [PART ...]
 
-A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all) or "small"
-(with the stream kernel). Without parts: all that the GPU has. A part can also be a dtype or a head dimension: then the
+A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all), "turned" (sm90's
+other kernel for that) or "small" (with the stream kernel). Without parts: all that the GPU has. A part can also be a dtype or a head dimension: then the
 forward kernels' and decode's others are left out (for compute-sanitizer, under which all of them take minutes)."""
 
 from __future__ import annotations
@@ -168,13 +168,16 @@ def varlen(backend: str) -> None:
 DECODED = ((1, 4, 2), (3, 16, 2), (5, 22, 2), (1, 16, 8), (8, 32, 8))
 
 
-def decode(machines) -> set[str]:
+def decode(machines, kernel: str = "straight") -> set[str]:
     """Sequences of all kinds of lengths and single ones, whole and divided among blocks, contiguous and in pages, with
     new tokens, on each machine's kernel."""
+    os.environ["FLASHCORE_SM90_DECODE"] = kernel
     ran = set()
     case = 0
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS + PADDED:
+            if kernel == "turned" and not 64 < head_dim <= 128:  # its tiles' columns
+                continue
             for tokens, *heads in DECODED if head_dim in HEAD_DIMS else DECODED[:1]:
                 for lengths in ([700, 0, 64, 2999, 1], [1700]):
                     case += 1
@@ -233,9 +236,11 @@ if __name__ == "__main__":
     if dims := [int(part) for part in sys.argv[1:] if part.isdigit()]:
         HEAD_DIMS, PADDED = (tuple(d for d in of if d in dims) for of in (HEAD_DIMS, PADDED))
     named = [part for part in parts if part in machines] or machines
-    alone = {"combine": combine, "decode": lambda: decode(named), "small": small}
+    alone = {"combine": combine, "decode": lambda: decode(named)}
+    if "sm90" in machines:
+        alone.update(turned=lambda: decode(["sm90"], "turned"), small=small)
     ran = set()
-    for part in parts or [*(name for name in alone if name != "small" or "sm90" in machines), *machines]:
+    for part in parts or [*alone, *machines]:
         if part in alone:
             ran |= alone[part]()
         else:

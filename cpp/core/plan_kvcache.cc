@@ -33,15 +33,16 @@ constexpr TurnedDecodeTile turned_tiles[] = {
 #undef FLASHCORE_SM90_DECODE_TURNED
 };
 
-// The smallest instance that holds the head dimension; with two slices of rows where one is not enough for all.
+// The instance with the smallest head dimension that is enough, if there is one, and of these with the fewest rows that
+// hold all, or the most. (They stand in this order.)
 template <class Tile, size_t count>
-const Tile& tile_for(const Tile (&tiles)[count], int64_t head_dim, int64_t rows) {
+const Tile* tile_for(const Tile (&tiles)[count], int64_t head_dim, int64_t rows) {
   const Tile* found = nullptr;
   for (const Tile& tile : tiles) {
     if (tile.head_dim < head_dim || (found && tile.head_dim > found->head_dim)) continue;
     if (!found || rows > found->rows()) found = &tile;
   }
-  return *found;
+  return found;
 }
 
 // Blocks of a multiprocessor and tiles of keys that each has on their way: two blocks with at least two each, else one
@@ -98,8 +99,8 @@ void check_countable(const Sizes& s) {
 
 Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
-  Work const work(s, tile_for(sm80_tiles, s.head_dim, Work(s, 1).rows).rows());
-  DecodeTile const& tile = tile_for(sm80_tiles, s.head_dim, work.rows);
+  Work const work(s, tile_for(sm80_tiles, s.head_dim, Work(s, 1).rows)->rows());
+  DecodeTile const& tile = *tile_for(sm80_tiles, s.head_dim, work.rows);
   auto const [blocks_a_unit, stages] = occupancy(tile, device);
   int64_t const most_parts = DecodeSchedule::parts_bound(work.lines, work.tiles_a_line);
 
@@ -274,14 +275,11 @@ bool turns(const KvCacheProblem& problem, const Plan& turned) {
 Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   int64_t const rows = Work(s, 1).rows;
-  HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, rows);
-  auto const is_turned = [&](const TurnedDecodeTile& other) {
-    return other.head_dim == tile.head_dim && other.slices == tile.slices;
-  };
-  auto const other = std::find_if(std::begin(turned_tiles), std::end(turned_tiles), is_turned);
+  HopperDecodeTile const& tile = *tile_for(sm90_tiles, s.head_dim, rows);
+  TurnedDecodeTile const* const turned = tile_for(turned_tiles, s.head_dim, rows);
   std::optional<bool> const forced = forced_turned();
-  if (other != std::end(turned_tiles) && forced.value_or(true)) {
-    Plan const plan = plan_sm90(problem, device, "sm90_decode_turned", *other);
+  if (turned && turned->head_dim == tile.head_dim && forced.value_or(true)) {
+    Plan const plan = plan_sm90(problem, device, "sm90_decode_turned", *turned);
     if (forced || turns(problem, plan)) return plan;
   }
   return plan_sm90(problem, device, "sm90_decode", tile);
@@ -368,11 +366,11 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   if (!decodes(plan)) return explain(forward_of(problem), device, plan);
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
-  int const slices = plan.tile_q / 16, cluster_rows = plan.cluster > 1 ? rows : 0;
-  int const stages = !hopper ? DecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory)
+  int const cluster_rows = plan.cluster > 1 ? rows : 0;
+  int const stages = !hopper ? DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory)
                      : std::string_view(plan.kernel) == "sm90_decode"
-                         ? HopperDecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory, cluster_rows)
-                         : TurnedDecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory, cluster_rows);
+                         ? HopperDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory, cluster_rows)
+                         : TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory, cluster_rows);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +
                      (problem.backend == Backend::automatic ? "" : " (backend forced)") + ": ";

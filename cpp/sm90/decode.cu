@@ -14,11 +14,11 @@
 namespace flashcore::sm90 {
 
 // Instantiated in the files that cmake/KernelInstances.cmake makes.
-template <class Element, int head_dim, int slices>
+template <class Element, int head_dim, int rows>
 struct DecodeConfig;
 template <class Config>
 void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
-template <class Element, int head_dim, int slices>
+template <class Element, int head_dim, int rows>
 struct TurnedConfig;
 template <class Config>
 void run_decode_turned(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
@@ -27,15 +27,15 @@ namespace {
 
 template <class Element>
 bool run(DecodeParams const& params, Plan const& plan, bool turned, cudaStream_t stream) {
-  auto const is = [&](bool of_turned, int head_dim, int slices) {
-    return turned == of_turned && plan.head_dim == head_dim && plan.tile_q == 16 * slices;
+  auto const is = [&](bool of_turned, int head_dim, int rows) {
+    return turned == of_turned && plan.head_dim == head_dim && plan.tile_q == rows;
   };
-#define FLASHCORE_SM90_DECODE(D, slices) \
-  if (is(false, D, slices)) return run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream), true;
+#define FLASHCORE_SM90_DECODE(D, rows) \
+  if (is(false, D, rows)) return run_decode<DecodeConfig<Element, D, rows>>(params, plan, stream), true;
 #include "sm90/decode_tiles.inc"
 #undef FLASHCORE_SM90_DECODE
-#define FLASHCORE_SM90_DECODE_TURNED(D, slices) \
-  if (is(true, D, slices)) return run_decode_turned<TurnedConfig<Element, D, slices>>(params, plan, stream), true;
+#define FLASHCORE_SM90_DECODE_TURNED(D, rows) \
+  if (is(true, D, rows)) return run_decode_turned<TurnedConfig<Element, D, rows>>(params, plan, stream), true;
 #include "sm90/decode_turned_tiles.inc"
 #undef FLASHCORE_SM90_DECODE_TURNED
   return false;
@@ -83,9 +83,9 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   DecodeParams p{};
   static_cast<sm80::DecodeParams&>(p) = sm80::decode_params(params, plan, workspace);
   bool const turned = std::string_view(plan.kernel) == "sm90_decode_turned";
-  int const slices = plan.tile_q / 16, cluster_rows = plan.cluster > 1 ? p.part_rows : 0;
-  p.stages = turned ? TurnedDecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory, cluster_rows)
-                    : HopperDecodeTile{plan.head_dim, slices}.stages_of(plan.shared_memory, cluster_rows);
+  int const cluster_rows = plan.cluster > 1 ? p.part_rows : 0;
+  p.stages = turned ? TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory, cluster_rows)
+                    : HopperDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory, cluster_rows);
   int const lines = p.heads_k * p.row_tiles, most = plan.even_parts == 0 ? plan.splits : 0;
   int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
   p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,

@@ -108,12 +108,12 @@ struct DecodeRing {
   }
 };
 
-template <class Element_, int head_dim_, int slices_>
+template <class Element_, int head_dim_, int rows_>
 struct DecodeConfig {
   using Element = Element_;
-  static constexpr HopperDecodeTile tile{head_dim_, slices_};
+  static constexpr HopperDecodeTile tile{head_dim_, rows_};
   static constexpr int head_dim = head_dim_;
-  static constexpr int slices = slices_;  // of 16 rows
+  static constexpr int slices = tile.slices();  // of 16 rows
   static constexpr int rows = tile.rows(), warps = tile.warps(), consumers = 32 * warps, threads = tile.threads();
   static constexpr int producers = 1;
   static constexpr int tile_k = DecodeParts::tile_k;

@@ -9,7 +9,7 @@ namespace {
 
 // What both kernels' tiles have.
 struct HopperTile {
-  int head_dim, slices;  // of 16 rows
+  int head_dim, tile_rows;
 
   static constexpr int key_warps = 4;     // that divide a tile's keys
   static constexpr int warp_keys = 16;    // of a tile of 64 keys
@@ -17,7 +17,7 @@ struct HopperTile {
   static constexpr int most_cluster = 8;  // blocks that share an item
   static constexpr int units = 132;       // multiprocessors of the devices that numbers here are for
 
-  FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
+  FLASHCORE_HD constexpr int rows() const { return tile_rows; }
   // Keys or values of a tile, in panels of 64 columns.
   FLASHCORE_HD constexpr int panels() const { return ceil_div(head_dim, 64); }
   FLASHCORE_HD constexpr int kv_bytes() const { return panels() * 64 * 128; }
@@ -31,10 +31,11 @@ struct HopperTile {
 
 // Of sm90_decode: queries are the products' rows.
 struct HopperDecodeTile : HopperTile {
-  FLASHCORE_HD constexpr int warps() const { return key_warps * slices; }   // consumers: four of a slice
-  FLASHCORE_HD constexpr int threads() const { return 32 * warps() + 32; }  // the producer's warp is the last
+  FLASHCORE_HD constexpr int slices() const { return tile_rows / 16; }
+  FLASHCORE_HD constexpr int warps() const { return key_warps * slices(); }  // consumers: four of a slice
+  FLASHCORE_HD constexpr int threads() const { return 32 * warps() + 32; }   // the producer's warp is the last
   // Two blocks share a multiprocessor's registers where the accumulators are few.
-  FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim * slices <= 128 ? 2 : 1; }
+  FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim * slices() <= 128 ? 2 : 1; }
   FLASHCORE_HD constexpr int q_bytes() const { return rows() * head_dim * 2; }
   FLASHCORE_HD constexpr int state_bytes() const { return key_warps * rows() * 2 * 4; }
   // Barriers, which boxes are absent, the block's part.

@@ -135,10 +135,10 @@ struct TurnedWork {
   static constexpr float no_reference = -3.0e38f;  // any score is above it
 };
 
-template <class Element_, int head_dim_, int slices_>
+template <class Element_, int head_dim_, int rows_>
 struct TurnedConfig {
   using Element = Element_;
-  static constexpr TurnedDecodeTile tile{head_dim_, slices_};
+  static constexpr TurnedDecodeTile tile{head_dim_, rows_};
   static constexpr int head_dim = head_dim_;
   static constexpr int rows = tile.rows(), warps = tile.warps(), consumers = 32 * warps, threads = tile.threads();
   static constexpr int groups = TurnedDecodeTile::groups, producers = groups, group_threads = consumers / groups;

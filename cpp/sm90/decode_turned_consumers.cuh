@@ -173,32 +173,39 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
     float sum[Config::Work::rows_held];
     auto const weigh = [&] {
       float most = minus_infinity(), least = 0.0f;
+      constexpr int at_once = min_of(rows, 16), eights = at_once / 8;  // rows whose weights one instruction stores
 #pragma unroll
-      for (int j = 0; j < rows / 16; ++j) {
-        float w[8];
-        float2 reference[2];
+      for (int j = 0; j < rows / at_once; ++j) {
+        float w[4 * eights];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          reference[h] =
-              *reinterpret_cast<float2 const*>(shared.references(group) + Config::Work::row(4 * j + 2 * h, lane));
+        for (int h = 0; h < eights; ++h) {
+          int const held = 4 * j + 2 * h;
+          float2 const reference =
+              *reinterpret_cast<float2 const*>(shared.references(group) + Config::Work::row(held, lane));
+#pragma unroll
+          for (int x = 0; x < 4; ++x) {
+            float const power = s[8 * j + 4 * h + x] * factor - (x % 2 == 0 ? reference.x : reference.y);
+            most = fmaxf(most, power);
+            if constexpr (rows <= 16) least = fminf(least, power);
+            w[4 * h + x] = exp2_of(power);
+          }
+          sum[held] = w[4 * h] + w[4 * h + 2];
+          sum[held + 1] = w[4 * h + 1] + w[4 * h + 3];
         }
-#pragma unroll
-        for (int x = 0; x < 8; ++x) {
-          float const power = s[8 * j + x] * factor - (x % 2 == 0 ? reference[x / 4].x : reference[x / 4].y);
-          most = fmaxf(most, power);
-          if constexpr (rows == 16) least = fminf(least, power);
-          w[x] = exp2_of(power);
-        }
-#pragma unroll
-        for (int r = 0; r < 4; ++r) sum[4 * j + r] = w[r / 2 * 4 + r % 2] + w[r / 2 * 4 + 2 + r % 2];
-        // This lane's row of the four matrices that are stored, each transposed: eight rows' weights of eight keys.
+        // This lane's row of the matrices that are stored, each transposed: eight rows' weights of eight keys.
         int const row = j * 16 + lane / 16 * 8 + lane % 8, chunk = tile_key / 8 + lane / 8 % 2;
+        uint32_t const at = to + row * row_bytes + ((chunk ^ row) & 7) * 16;
         using P = Precision<Element>;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         to + row * row_bytes + ((chunk ^ row) & 7) * 16),
-                     "r"(P::pack(w[0], w[1])), "r"(P::pack(w[2], w[3])), "r"(P::pack(w[4], w[5])),
-                     "r"(P::pack(w[6], w[7]))
-                     : "memory");
+        if constexpr (eights == 1) {
+          asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at),
+                       "r"(P::pack(w[0], w[1])), "r"(P::pack(w[2], w[3]))
+                       : "memory");
+        } else {
+          asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+                       "r"(P::pack(w[0], w[1])), "r"(P::pack(w[2], w[3])), "r"(P::pack(w[4], w[5])),
+                       "r"(P::pack(w[6], w[7]))
+                       : "memory");
+        }
       }
       cutlass::arch::fence_view_async_shared();
       return most > Config::slack || (turn == 0 && (rows > 16 || least < Config::least));

@@ -47,8 +47,8 @@ struct Plan {
   int64_t tiles = 0;          // of queries, over all sequences and heads
   int64_t blocks = 0;         // of the grid, or tasks on the CPU
   int splits = 1;             // parts that the keys are divided into
-  int cluster = 1;            // sm90_decode: blocks that share a part and merge it in shared memory
-  int even_parts = 1;         // sm90_decode: parts of each sequence's keys where all are about as long; 0: a sequence's
+  int cluster = 1;            // sm90_decode*: blocks that share a part and merge it in shared memory
+  int even_parts = 1;         // sm90_decode*: parts of each sequence's keys where all are about as long; 0: a sequence's
                               // own length says, up to `splits`
   int heads_per_section = 1;  // (batch, head) pairs whose tiles are scheduled together, longest tile first
   int section_slots = 0;      // sm90: tiles and empty places of such a section, which make whole rounds of the blocks
