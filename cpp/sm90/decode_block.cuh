@@ -41,10 +41,8 @@ struct DecodeArguments {
 __device__ __forceinline__ void consumers_sync(int threads) {
   asm volatile("barrier.cta.sync.aligned 1, %0;" ::"r"(threads) : "memory");
 }
-__device__ __forceinline__ void producers_sync(int threads) {
-  asm volatile("barrier.cta.sync.aligned 5, %0;" ::"r"(threads) : "memory");
-}
-// The producers say that the part is known, and the barriers are set up; the consumers wait for that.
+// Each producer says that its barriers are set up, and the first one when the part is known, too; the consumers wait
+// for that.
 template <class Config>
 __device__ __forceinline__ void tell_part() {
   asm volatile("barrier.cta.arrive.aligned 2, %0;" ::"n"(Config::threads) : "memory");
@@ -52,6 +50,15 @@ __device__ __forceinline__ void tell_part() {
 template <class Config>
 __device__ __forceinline__ void wait_for_part() {
   asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
+}
+// The other producers know the part by themselves. In shared memory they look at it when they have asked for all tiles.
+template <class Config>
+__device__ __forceinline__ void tell_producers() {
+  asm volatile("barrier.cta.arrive.aligned 3, %0;" ::"n"(32 * Config::producers) : "memory");
+}
+template <class Config>
+__device__ __forceinline__ void wait_as_producer() {
+  asm volatile("barrier.cta.sync.aligned 3, %0;" ::"n"(32 * Config::producers) : "memory");
 }
 
 // Stores that happen if `acts`. The address is found in any case (finish() says why), so the condition is the
@@ -101,7 +108,7 @@ __device__ __forceinline__ void send(bool acts, uint32_t to, float4 x, uint32_t 
 // --- the block's part ------------------------------------------------------------------------------------------------
 
 // The item that a block works on, and which of its tiles: first, first + step, ...
-struct DecodePart {
+struct alignas(16) DecodePart {
   int sequence, head;  // of the keys
   int first_row, valid_rows;
   int cached, keys;  // of the sequence in the cache, and with the new ones

@@ -76,6 +76,9 @@ struct DecodeRing {
   // The box of a tile that this lane asks for, if there are so many.
   __device__ __forceinline__ int box() const { return lane; }
 
+  // A contiguous first tile, whose place is free: what can be done before the kernel ahead has ended, and the rest.
+  __device__ __forceinline__ void expect_first() {}
+  __device__ __forceinline__ void load_first(int row, int head, int block, bool acts) { load(row, head, block, acts); }
   // A tile of which this lane's box begins at row `row` of block `block` of the cache; -1: of a page that does not
   // exist, whose box comes as zeros from behind the last page.
   __device__ __forceinline__ void load(int row, int head, int block, bool acts) {

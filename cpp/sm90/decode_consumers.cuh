@@ -87,8 +87,7 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, typename Config
   DecodePart const& part = shared.part();
   float const factor = a.p.score.factor;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-  int const blocks = 1 << a.log_cluster, rank = blockIdx.x & (blocks - 1);
-  uint32_t const received_all = shared_address(shared.received_all());
+  int const blocks = 1 << a.log_cluster;
 
   // The warps' results become one: each scales its own by its weight over the sum of all.
   int const key_warp = warp % Config::key_warps, first_row = warp / Config::key_warps % Config::slices * 16;
@@ -123,17 +122,28 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, typename Config
     if (key_warp == 0 && row < part.valid_rows) {
       float const lse = all.lse(factor);
       if (a.log_cluster > 0) {
-        uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
 #pragma unroll 1
-        for (int block = lane % 4; block < blocks; block += 4) {
-          send(acts, in_block(at, block), lse, in_block(received_all, block));
-        }
+        for (int block = lane % 4; block < blocks; block += 4) send_lse<Config>(a, shared, row, lse, block, acts);
       } else if (lane % 4 == 0) {
         write_lse(a, part, row, lse, acts);
       }
     }
   }
-  finish_block<Config, Config::key_warps>(a, shared, rank, acts);
+  if (acts) consumers_sync(consumers);  // the outputs are there
+  constexpr int row_pieces = head_dim / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x % consumers; i < part.valid_rows * row_pieces; i += consumers) {
+    int const row = i / row_pieces, column = i % row_pieces * 4;
+    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < Config::key_warps; ++w) {
+      float4 const x =
+          read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + column));
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    hand_over<Config>(a, shared, row, column, sum, acts);
+  }
+  if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
 }
 
 }  // namespace flashcore::sm90

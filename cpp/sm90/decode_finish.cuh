@@ -12,102 +12,128 @@
 
 namespace flashcore::sm90 {
 
-// A part's result, for a row of it: the output's, or what the kernel behind this one merges.
+// Where a part's result goes, for a row of it: to the output, or to what the kernel behind this one merges.
 template <class Config>
-__device__ __forceinline__ void write(DecodeArguments const& a, DecodePart const& part, int row, int column, float4 x,
-                                      bool acts) {
+__device__ __forceinline__ void* result_place(DecodeArguments const& a, DecodePart const& part, int row, int column) {
   sm80::DecodeParams const& p = a.p;
+  if (part.slot >= 0) return p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + column;
+  return static_cast<typename Config::Element*>(p.o.data) + row_offset(p.o, part.sequence, row_place(a, part, row)) +
+         column;
+}
+// And its log-sum-exp; nowhere if nobody asks.
+__device__ __forceinline__ float* lse_place(DecodeArguments const& a, DecodePart const& part, int row) {
+  sm80::DecodeParams const& p = a.p;
+  if (part.slot >= 0) return p.part_lse + int64_t{part.slot} * p.part_rows + row;
+  if (p.lse == nullptr) return nullptr;
+  RowPlace const at = row_place(a, part, row);
+  return p.lse + (int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token;
+}
+template <class Config>
+__device__ __forceinline__ void write(DecodeArguments const& a, DecodePart const& part, void* to, float4 x, bool acts) {
   if (part.slot >= 0) {
-    store(acts, p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + column, x);
+    store(acts, static_cast<float*>(to), x);
   } else {
     using P = sm80::Precision<typename Config::Element>;
-    int64_t const at = row_offset(p.o, part.sequence, row_place(a, part, row)) + column;
-    store(acts, static_cast<typename Config::Element*>(p.o.data) + at, P::pack(x.x, x.y), P::pack(x.z, x.w));
+    store(acts, to, P::pack(x.x, x.y), P::pack(x.z, x.w));
   }
 }
 __device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart const& part, int row, float lse,
                                           bool acts) {
-  sm80::DecodeParams const& p = a.p;
-  if (part.slot >= 0) {
-    store(acts, p.part_lse + int64_t{part.slot} * p.part_rows + row, lse);
-  } else if (p.lse != nullptr) {
-    RowPlace const at = row_place(a, part, row);
-    store(acts, p.lse + (int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token, lse);
-  }
+  if (float* const to = lse_place(a, part, row)) store(acts, to, lse);
 }
 
-// This block's columns of the item's rows, when all blocks of the cluster have sent theirs: a thread has four columns
-// of a row, and takes the blocks' in their order.
+// Four columns of the block's result for a row: into the cluster, each block of which merges an equal share of the
+// columns, or to where a part's result goes.
 template <class Config>
-__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, typename Config::Memory const& shared, int rank,
-                                              bool acts) {
+__device__ __forceinline__ void hand_over(DecodeArguments const& a, typename Config::Memory const& shared, int row,
+                                          int column, float4 x, bool acts) {
   DecodePart const& part = shared.part();
-  constexpr int most = HopperTile::most_cluster;
-  int const blocks = 1 << a.log_cluster, columns = Config::head_dim >> a.log_cluster, rows = part.valid_rows;
-  if (acts) shared.received_all()->wait(0);
-#pragma unroll 1
-  for (int i = threadIdx.x % Config::consumers; i < rows * columns / 4; i += Config::consumers) {
-    int const row = static_cast<int>((static_cast<unsigned>(i) << (2 + a.log_cluster)) / unsigned{Config::head_dim});
-    int const column = i * 4 - row * columns;
-    float lse[most];
-    float4 x[most];
-    float top = minus_infinity();
-#pragma unroll
-    for (int block = 0; block < most; ++block) {
-      lse[block] = minus_infinity(), x[block] = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (!acts || block >= blocks) continue;
-      lse[block] = shared.received_lse(rows)[block * rows + row];
-      x[block] = *reinterpret_cast<float4 const*>(shared.received() + (block * rows + row) * columns + column);
-      top = lse[block] > top || lse[block] != lse[block] ? lse[block] : top;  // a NaN stays
-    }
-    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-    float total = 0.0f;
-#pragma unroll
-    for (int block = 0; block < most; ++block) {
-      float const weight = part_weight(lse[block], top);
-      total += weight;
-      sum.x += weight * x[block].x, sum.y += weight * x[block].y;
-      sum.z += weight * x[block].z, sum.w += weight * x[block].w;
-    }
-    float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
-    if (rank * columns + column < a.p.head_dim) write<Config>(a, part, row, rank * columns + column, sum, acts);
-    if (rank == 0 && column == 0) write_lse(a, part, row, merged_lse(top, total), acts);
+  if (a.log_cluster > 0) {
+    constexpr int head_dim = Config::head_dim;
+    int const columns = head_dim >> a.log_cluster, rank = blockIdx.x & ((1 << a.log_cluster) - 1);
+    int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
+    float* const to = shared.received() + (rank * part.valid_rows + row) * columns + column - owner * columns;
+    send(acts, in_block(shared_address(to), owner), x, in_block(shared_address(shared.received_all()), owner));
+  } else {
+    write<Config>(a, part, result_place<Config>(a, part, row, column), x, acts && column < a.p.head_dim);
   }
 }
+// And its log-sum-exp, to a block of the cluster.
+template <class Config>
+__device__ __forceinline__ void send_lse(DecodeArguments const& a, typename Config::Memory const& shared, int row,
+                                         float lse, int block, bool acts) {
+  int const rows = shared.part().valid_rows, rank = blockIdx.x & ((1 << a.log_cluster) - 1);
+  uint32_t const to = shared_address(shared.received_lse(rows) + rank * rows + row);
+  send(acts, in_block(to, block), lse, in_block(shared_address(shared.received_all()), block));
+}
 
-// The sum of what `copies` groups of consumers, each for itself, have put into shared.outputs(): (copies, rows,
-// merge_stride). In a cluster each block sends it to the others: equal shares of the columns.
-template <class Config, int copies>
-__device__ __forceinline__ void finish_block(DecodeArguments const& a, typename Config::Memory const& shared, int rank,
-                                             bool acts) {
-  constexpr int head_dim = Config::head_dim, rows = Config::rows, consumers = Config::consumers;
-  constexpr int merge_stride = Config::tile.merge_stride();
-  DecodePart const& part = shared.part();
-  int const columns = head_dim >> a.log_cluster;
-  uint32_t const received_all = shared_address(shared.received_all());
-  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-  if (acts) consumers_sync(consumers);  // the outputs are there
-  constexpr int row_pieces = head_dim / 4;
+// This block's columns of the item's rows, when all blocks of the cluster have sent theirs. A thread has four columns
+// of a row, of as many blocks as make all threads busy: these in their order, then with the lanes beside it, in a tree.
+template <class Config>
+__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, typename Config::Memory const& shared,
+                                              bool acts) {
+  constexpr int most_items = Config::rows * Config::head_dim / 4;  // one of each block
+  constexpr int log_mine = most_items <= Config::consumers       ? 0
+                           : most_items <= 2 * Config::consumers ? 1
+                           : most_items <= 4 * Config::consumers ? 2
+                                                                 : 3;
+  constexpr int mine = 1 << log_mine;
+  int const blocks = 1 << a.log_cluster, rank = blockIdx.x & (blocks - 1), rows = shared.part().valid_rows;
+  int const log_lanes = max_of(a.log_cluster - log_mine, 0), lanes = 1 << log_lanes;
+  int const columns = Config::head_dim >> a.log_cluster, items = rows * columns / 4 << log_lanes;
 #pragma unroll 1
-  for (int i = threadIdx.x % consumers; i < part.valid_rows * row_pieces; i += consumers) {
-    int const row = i / row_pieces, column = i % row_pieces * 4;
+  for (int first = threadIdx.x / 32 * 32 % Config::consumers, round = 0; first < items;
+       first += Config::consumers, ++round) {
+    int const i = first + threadIdx.x % 32, block = i & (lanes - 1);
+    int const row =
+        static_cast<int>((static_cast<unsigned>(i) << (2 + a.log_cluster - log_lanes)) / unsigned{Config::head_dim});
+    int const column = (i >> log_lanes) * 4 - row * columns;
+    bool const exists = acts && i < items;
+    auto const to = result_place<Config>(a, shared.part(), row, rank * columns + column);
+    float* const to_lse = lse_place(a, shared.part(), row);
+    if (acts && round == 0) shared.received_all()->wait(0);
+
+    float lse[mine], top = minus_infinity();
+    float4 x[mine];
+#pragma unroll
+    for (int j = 0; j < mine; ++j) {
+      lse[j] = minus_infinity(), x[j] = {0.0f, 0.0f, 0.0f, 0.0f};
+      int const from = block + (j << log_lanes);
+      if (exists && from < blocks) {
+        lse[j] = shared.received_lse(rows)[from * rows + row];
+        x[j] = *reinterpret_cast<float4 const*>(shared.received() + (from * rows + row) * columns + column);
+      }
+    }
+    auto const take = [&](float y) { top = y > top || y != y ? y : top; };  // a NaN stays
+    auto const of_other = [](float y, int step) { return __shfl_xor_sync(0xffffffffu, y, step); };
+#pragma unroll
+    for (int j = 0; j < mine; ++j) take(lse[j]);
+#pragma unroll
+    for (int log = 0; log < 3 - log_mine; ++log) {
+      if (log < log_lanes) take(of_other(top, 1 << log));
+    }
+    float total = 0.0f;
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int copy = 0; copy < copies; ++copy) {
-      float4 const x =
-          read(reinterpret_cast<float4 const*>(shared.outputs() + (copy * rows + row) * merge_stride + column));
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    for (int j = 0; j < mine; ++j) {
+      float const weight = part_weight(lse[j], top);
+      total += weight;
+      sum.x += weight * x[j].x, sum.y += weight * x[j].y, sum.z += weight * x[j].z, sum.w += weight * x[j].w;
     }
-    if (a.log_cluster > 0) {
-      int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
-      float* const to = shared.received() + (rank * part.valid_rows + row) * columns + column - owner * columns;
-      send(acts, in_block(shared_address(to), owner), sum, in_block(received_all, owner));
-    } else if (column < a.p.head_dim) {
-      write<Config>(a, part, row, column, sum, acts);
+#pragma unroll
+    for (int log = 0; log < 3 - log_mine; ++log) {
+      if (log >= log_lanes) continue;
+      int const step = 1 << log;
+      total += of_other(total, step);
+      sum.x += of_other(sum.x, step), sum.y += of_other(sum.y, step);
+      sum.z += of_other(sum.z, step), sum.w += of_other(sum.w, step);
     }
+    float const inverse = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
+    sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
+    bool const writes = exists && block == 0;
+    write<Config>(a, shared.part(), to, sum, writes && rank * columns + column < a.p.head_dim);
+    if (to_lse != nullptr) store(writes && rank == 0 && column == 0, to_lse, merged_lse(top, total));
   }
-  if (a.log_cluster > 0) merge_cluster<Config>(a, shared, rank, acts);
 }
 
 }  // namespace flashcore::sm90

@@ -12,6 +12,7 @@ template <class Config>
 __device__ __forceinline__ void produce(DecodeArguments const& a, typename Config::Memory const& shared, int group,
                                         int lane) {
   constexpr int producers = Config::producers;
+  if (group > 0) tell_part<Config>();
   sm80::DecodeParams const& p = a.p;
   typename Config::Ring ring(a, shared, group, lane);
   int const box_rows = 1 << a.log_box, log_boxes = log_tile_k - a.log_box, boxes = 1 << log_boxes;
@@ -33,46 +34,50 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, typename Confi
 
   DecodePart part;
   KeyRange range;
-  bool ahead = false;
   // The blocks of all of an item's parts take its tiles in turn: what is read at the same time lies side by side.
   int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
   int parts, way;
-  // Where the lengths do not matter, the warp goes through here twice, the first time for the instructions, while the
-  // kernel ahead still runs.
+  bool const known = a.even.divisor > 0;  // where the lengths do not matter
+  bool ahead = false;
+  if (known) {
+    int index;
+    part = even_part<Config>(a, index);
+    parts = a.even.divisor;
+    way = index << a.log_cluster | rank;
+    part.step = parts << a.log_cluster;
+    // The producers know their first tiles without the length, unless a window says where they are.
+    part.ahead = 0;
+#pragma unroll
+    for (int g = 0; g < producers; ++g) {
+      bool const exists = (way + g * part.step) * Config::tile_k < p.seqlen_k;
+      part.ahead += p.window_left >= unlimited && exists;
+    }
+    ahead = group < part.ahead;
+  }
+  // Then the warp goes through here twice, the first time for the instructions, while the kernel ahead still runs.
+  bool const paged = p.page_table != nullptr;
+  if (ahead && !paged) ring.expect_first();
 #pragma unroll 1
-  for (int pass = a.even.divisor > 0 ? 0 : 1; pass < 2; ++pass) {
+  for (int pass = known ? 0 : 1; pass < 2; ++pass) {
     bool const acts = pass == 1;
     if (acts) {
       wait_for_prerequisites();
       if (!a.late) launch_dependents();
     }
-    if (a.even.divisor > 0) {
-      int index;
-      part = even_part<Config>(a, index);
-      parts = a.even.divisor;
-      way = index << a.log_cluster | rank;
-      // The length is asked for first: behind the keys it would wait for them.
+    if (known) {
+      // The length is asked for first: behind the keys it would wait for them. The first tile comes while it does.
       int length = p.seqlen_k;
       if (acts && p.cache_seqlens != nullptr)
         asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
-      // The producers know their first tiles without the length, unless a window says where they are: asked for ahead,
-      // they come while the length does.
-      part.first = way;
-      part.step = parts << a.log_cluster;
-      part.ahead = 0;
-#pragma unroll
-      for (int g = 0; g < producers; ++g) {
-        bool const exists = (way + g * part.step) * Config::tile_k < p.seqlen_k;
-        part.ahead += p.window_left >= unlimited && exists;
-      }
-      ahead = group < part.ahead;
-      int block = part.sequence, row = (way + group * part.step) * Config::tile_k;
-      if (p.page_table != nullptr && ahead) {
+      int const row = (way + group * part.step) * Config::tile_k;
+      if (ahead && paged) {
+        part.first = way;
         if (acts) next_pages = pages_from(part, 0, p.seqlen_k);
-        block = existing(__shfl_sync(0xffffffffu, next_pages, ring.box() % 32));
-        row = row_in_page(row);
+        int const block = existing(__shfl_sync(0xffffffffu, next_pages, ring.box() % 32));
+        ring.load(row_in_page(row), part.head, block, acts);
+      } else if (ahead) {
+        ring.load_first(row, part.head, part.sequence, acts);
       }
-      if (ahead) ring.load(row, part.head, block, acts);
       part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
       range = a.parts.range(p, part.cached + p.new_tokens);
     } else {
@@ -88,7 +93,8 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, typename Confi
     }
     part.step = parts << a.log_cluster;
     part.first = range.begin + way;
-    part.count = range.count() <= way ? 0 : parts_of(range.count() - way, part.step);
+    int const behind = max_of(range.count() - way, 0);
+    part.count = known ? a.even.quotient((behind + part.step - 1) >> a.log_cluster) : parts_of(behind, part.step);
     part.slot = parts == 1 ? -1 : number;
     part.keys = part.cached + p.new_tokens;
     part.full_begin = range.full_begin;
@@ -100,21 +106,20 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, typename Confi
       }
     }
   }
-  if constexpr (producers == 1) {
-    __syncwarp();
-  } else {
-    producers_sync(32 * producers);  // all of them go through finish()
+  __syncwarp();
+  if (group == 0) {
+    tell_part<Config>();
+    if constexpr (producers > 1) tell_producers<Config>();
   }
-  tell_part<Config>();
   if (part.sequence < 0) return;
 
   // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
   int pages = -1;
-  if (p.page_table != nullptr && !ahead) next_pages = pages_from(part, 0, part.keys);
+  if (paged && !ahead) next_pages = pages_from(part, 0, part.keys);
 #pragma unroll 1
   for (int i = group, box = 0; i < part.count; i += producers, box += boxes) {
     int block = part.sequence, row = (part.first + i * part.step) * Config::tile_k;
-    if (p.page_table != nullptr) {
+    if (paged) {
       if (box % 32 == 0) {
         pages = existing(next_pages);
         next_pages = pages_from(part, box + 32, part.keys);

@@ -70,17 +70,18 @@ struct TurnedDecodeTile : HopperTile {
   // Barriers, which boxes are absent, the block's part.
   static constexpr int control_bytes = groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + 64;
   FLASHCORE_HD constexpr int reference_bytes() const { return groups * rows() * 4; }
-  // The groups' outputs in float32, in the stages' place when these have been read. Rows are 4 floats longer than they
+  // A group's output in float32, in its slots' place when these have been read. Rows are 4 floats longer than they
   // need, so that the lanes of a warp, which hold pairs of rows, write to different banks.
   FLASHCORE_HD constexpr int merge_stride() const { return panels() * 64 + 4; }
-  FLASHCORE_HD constexpr int merge_bytes() const { return groups * rows() * merge_stride() * 4; }
+  FLASHCORE_HD constexpr int merge_bytes() const { return rows() * merge_stride() * 4; }
 
-  // What comes before the stages. What a cluster's blocks send lies behind the outputs.
+  // What comes before the stages. What a cluster's blocks send lies behind the last group's output.
   FLASHCORE_HD constexpr int head_bytes() const {
     return (q_bytes() + groups * weights_bytes() + control_bytes + reference_bytes() + 1023) / 1024 * 1024;
   }
   FLASHCORE_HD constexpr int shared_memory(int stages, int cluster_rows) const {
-    return head_bytes() + max_of(stages * stage_bytes(), merge_bytes() + received_bytes(cluster_rows));
+    int const last_group = stages * stage_bytes() / groups * (groups - 1);
+    return head_bytes() + max_of(stages * stage_bytes(), last_group + merge_bytes() + received_bytes(cluster_rows));
   }
   FLASHCORE_HD constexpr int stages_of(int shared_memory, int /*cluster_rows*/) const {
     return min_of((shared_memory - head_bytes()) / stage_bytes(), most_stages);

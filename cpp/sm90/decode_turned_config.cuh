@@ -29,7 +29,7 @@ struct TurnedMemory {
   __device__ __forceinline__ char* weights(int group) const {
     return base + tile.q_bytes() + group * tile.weights_bytes();
   }
-  // A group's maxima or sums, (key_warps, rows), in its weights' place.
+  // A group's maxima, (key_warps, rows), or sums, (rows, key_warps), in its weights' place.
   __device__ __forceinline__ float* states(int group) const { return reinterpret_cast<float*>(weights(group)); }
   // Of a group's slots, which hold its tiles' keys and values in turn.
   __device__ __forceinline__ DecodeBarrier* full(int group) const {
@@ -53,13 +53,12 @@ struct TurnedMemory {
   __device__ __forceinline__ char* slot(int group, int i) const {
     return base + tile.head_bytes() + (group * slots() + i) * Config::kv_bytes;
   }
-  // (groups, rows, merge_stride), when the slots have been read
-  __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(slot(0, 0)); }
+  // A group's output, (rows, merge_stride), when all its warps have read its slots
+  __device__ __forceinline__ float* outputs(int group) const { return reinterpret_cast<float*>(slot(group, 0)); }
   // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows). In the slots' place, too:
   // a block sends when all have read theirs.
   __device__ __forceinline__ float* received() const {
-    constexpr int merge_bytes = tile.merge_bytes();
-    return reinterpret_cast<float*>(slot(0, 0) + merge_bytes);
+    return outputs(groups - 1) + Config::rows * tile.merge_stride();
   }
   __device__ __forceinline__ float* received_lse(int rows) const { return received() + rows * Config::head_dim; }
 };
@@ -85,6 +84,25 @@ struct TurnedRing {
   // The box of a tile that this lane asks for, if there are so many.
   __device__ __forceinline__ int box() const { return lane_box; }
 
+  // A contiguous first tile, whose places are free: what can be done before the kernel ahead has ended, and the rest.
+  __device__ __forceinline__ void expect_first() {
+    if (lane == 0) {
+      shared.full(group)[0].arrive_and_expect_tx(Config::kv_bytes);
+      shared.full(group)[1].arrive_and_expect_tx(Config::kv_bytes);
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void load_first(int row, int head, int block, bool acts) {
+    if (acts && lane < a.column_boxes) {
+      uint64_t* const full = reinterpret_cast<uint64_t*>(shared.full(group));
+      char* const to = shared.slot(group, 0) + lane * Config::tile_k * row_bytes;
+      int const column = lane * panel_columns;
+      cute::SM90_TMA_LOAD_5D::copy(&a.k, full, read_once, to, column, row, 0, head, block);
+      cute::SM90_TMA_LOAD_5D::copy(&a.v, full + 1, read_once, to + Config::kv_bytes, column, row, 0, head, block);
+    }
+    __syncwarp();
+    if (acts) place.advance(shared.slots()), place.advance(shared.slots());
+  }
   // A tile of which this lane's box begins at row `row` of block `block` of the cache; -1: of a page that does not
   // exist, whose box comes as zeros from behind the last page.
   __device__ __forceinline__ void load(int row, int head, int block, bool acts) {

@@ -254,68 +254,68 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
 template <class Config>
 __device__ __forceinline__ void finish(DecodeArguments const& a, typename Config::Memory const& shared,
                                        typename Config::Work& work, int warp, int lane, bool acts) {
-  constexpr int rows = Config::rows;
-  constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
+  constexpr int key_warps = Config::key_warps, groups = Config::groups, merge_stride = Config::tile.merge_stride();
   DecodePart const& part = shared.part();
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-  int const blocks = 1 << a.log_cluster, rank = blockIdx.x & (blocks - 1);
-  uint32_t const received_all = shared_address(shared.received_all());
 
-  // The sums of the warps' keys become one, and the groups' results: each scales its own by its weight over the sum of
-  // all.
-  constexpr int rows_held = Config::Work::rows_held, key_warps = Config::key_warps;
-  int const group = warp / key_warps % Config::groups;
+  // Outputs, and sums of the warps' keys, as they are: each group's warps have read its slots and its weights.
+  int const group = warp / key_warps % groups, key_warp = warp % key_warps;
+  uint32_t const sums = shared_address(shared.states(group) + key_warp);
+  uint32_t const outputs = shared_address(shared.outputs(group) + key_warp * 16 + lane / 4);
 #pragma unroll
-  for (int r = 0; r < rows_held; ++r) {
+  for (int r = 0; r < Config::Work::rows_held; ++r) {
+    if (r / 2 * 8 >= part.valid_rows) continue;
+    int const row = Config::Work::row(r, lane), x = r / 2 * 4 + r % 2;
     float sum = work.sum[r];
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    int const row = Config::Work::row(r, lane);
-    if (acts && lane < 4) shared.states(group)[warp % key_warps * rows + row] = sum;
-  }
-  if (acts) consumers_sync(consumers);  // the sums are there, and nobody reads the stages any more
-  float lse[rows_held];
-#pragma unroll
-  for (int r = 0; r < rows_held; ++r) {
-    int const row = Config::Work::row(r, lane);
-    float reference[Config::groups], sum[Config::groups], top = Config::Work::no_reference, total = 0.0f, own = top;
-#pragma unroll
-    for (int g = 0; g < Config::groups; ++g) {
-      sum[g] = 0.0f;
-#pragma unroll
-      for (int w = 0; w < key_warps; ++w) sum[g] += read(shared.states(g) + w * rows + row);
-      reference[g] = sum[g] == 0.0f ? Config::Work::no_reference : read(shared.references(g) + row);
-      top = fmaxf(top, reference[g]);
-      if (group == g) own = reference[g];
-    }
-#pragma unroll
-    for (int g = 0; g < Config::groups; ++g) total += exp2_of(reference[g] - top) * sum[g];
-    lse[r] = total == 0.0f ? minus_infinity() : (top + log2_of(total)) * ln_2;
-    float const weight = total == 0.0f ? 0.0f : exp2_of(own - top) / total;
-    uint32_t const to =
-        shared_address(shared.outputs() + (group * rows + row) * merge_stride + warp % key_warps * 16 + lane / 4);
+    store_shared(acts && lane < 4, sums + row * key_warps * 4, sum);
 #pragma unroll
     for (int m = 0; m < Config::panels; ++m) {
-      int const x = r / 2 * 4 + r % 2;
-      store_shared(acts, to + m * 256, work.o[m][x] * weight);
-      store_shared(acts, to + m * 256 + 32, work.o[m][x + 2] * weight);
-    }
-    if (a.log_cluster == 0 && warp % Config::warps == 0 && lane < 4 && row < part.valid_rows) {
-      write_lse(a, part, row, lse[r], acts);
+      store_shared(acts, outputs + (row * merge_stride + m * 64) * 4, work.o[m][x]);
+      store_shared(acts, outputs + (row * merge_stride + m * 64 + 8) * 4, work.o[m][x + 2]);
     }
   }
-  if (a.log_cluster > 0) {
-    // All blocks have read their slots, and may be sent to: each by the lanes of another eighth of a warp.
-    if (acts) cluster_wait_acquire();
+  if (acts) consumers_sync(Config::consumers);
+  if (acts && a.log_cluster > 0) cluster_wait_acquire();  // all blocks have read their slots, and may be sent to
+
+  // A thread has four columns of a row, of both groups.
+  constexpr int row_pieces = Config::head_dim / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x % Config::consumers; i < part.valid_rows * row_pieces; i += Config::consumers) {
+    int const row = i / row_pieces, piece = i % row_pieces;
+    float reference[groups], sum[groups], top = Config::Work::no_reference, total = 0.0f;
+    float4 x[groups];
 #pragma unroll
-    for (int r = 0; r < rows_held; ++r) {
-      int const row = Config::Work::row(r, lane), block = lane / 4;
-      if (warp % Config::warps > 0 || block >= blocks || row >= part.valid_rows) continue;
-      uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
-      send(acts, in_block(at, block), lse[r], in_block(received_all, block));
+    for (int g = 0; g < groups; ++g) {
+      static_assert(key_warps == 4);
+      float4 const of_warps = read(reinterpret_cast<float4 const*>(shared.states(g) + row * key_warps));
+      x[g] = read(reinterpret_cast<float4 const*>(shared.outputs(g) + row * merge_stride + piece * 4));
+      sum[g] = (of_warps.x + of_warps.y) + (of_warps.z + of_warps.w);
+      reference[g] = sum[g] == 0.0f ? Config::Work::no_reference : read(shared.references(g) + row);
+      top = fmaxf(top, reference[g]);
+    }
+#pragma unroll
+    for (int g = 0; g < groups; ++g) {
+      reference[g] = exp2_of(reference[g] - top);  // the group's weight
+      total += reference[g] * sum[g];
+    }
+    float const inverse = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
+    float4 all{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int g = 0; g < groups; ++g) {
+      float const weight = reference[g] * inverse;
+      all.x += weight * x[g].x, all.y += weight * x[g].y, all.z += weight * x[g].z, all.w += weight * x[g].w;
+    }
+    hand_over<Config>(a, shared, row, piece * 4, all, acts);
+    float const lse = total == 0.0f ? minus_infinity() : (top + log2_of(total)) * ln_2;
+    if (a.log_cluster > 0) {
+      if (piece < 1 << a.log_cluster) send_lse<Config>(a, shared, row, lse, piece, acts);
+    } else if (piece == 0) {
+      write_lse(a, part, row, lse, acts);
     }
   }
-  finish_block<Config, Config::groups>(a, shared, rank, acts);
+  if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
 }
 
 }  // namespace flashcore::sm90

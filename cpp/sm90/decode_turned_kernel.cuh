@@ -38,7 +38,9 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   typename Config::Work work;
   if (warp >= Config::warps) {
     work.clear();
-    produce<Config>(a, shared, warp - Config::warps, lane);
+    int const group = warp - Config::warps;
+    produce<Config>(a, shared, group, lane);
+    if (group > 0) wait_as_producer<Config>();
   } else {
     consume<Config>(a, shared, work, warp, lane);
   }
