@@ -13,6 +13,7 @@
 #include "core/problem_facts.h"
 #include "flashcore/flashcore.h"
 #include "sm90/decode_tile.h"
+#include "sm90/decode_turned_tile.h"
 
 namespace flashcore {
 namespace {
@@ -33,16 +34,15 @@ constexpr TurnedDecodeTile turned_tiles[] = {
 #undef FLASHCORE_SM90_DECODE_TURNED
 };
 
-// The instance with the smallest head dimension that is enough, if there is one, and of these with the fewest rows that
-// hold all, or the most. (They stand in this order.)
+// The smallest instance that holds the head dimension; with two slices of rows where one is not enough for all.
 template <class Tile, size_t count>
-const Tile* tile_for(const Tile (&tiles)[count], int64_t head_dim, int64_t rows) {
+const Tile& tile_for(const Tile (&tiles)[count], int64_t head_dim, int64_t rows) {
   const Tile* found = nullptr;
   for (const Tile& tile : tiles) {
     if (tile.head_dim < head_dim || (found && tile.head_dim > found->head_dim)) continue;
     if (!found || rows > found->rows()) found = &tile;
   }
-  return found;
+  return *found;
 }
 
 // Blocks of a multiprocessor and tiles of keys that each has on their way: two blocks with at least two each, else one
@@ -99,8 +99,8 @@ void check_countable(const Sizes& s) {
 
 Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
-  Work const work(s, tile_for(sm80_tiles, s.head_dim, Work(s, 1).rows)->rows());
-  DecodeTile const& tile = *tile_for(sm80_tiles, s.head_dim, work.rows);
+  Work const work(s, tile_for(sm80_tiles, s.head_dim, Work(s, 1).rows).rows());
+  DecodeTile const& tile = tile_for(sm80_tiles, s.head_dim, work.rows);
   auto const [blocks_a_unit, stages] = occupancy(tile, device);
   int64_t const most_parts = DecodeSchedule::parts_bound(work.lines, work.tiles_a_line);
 
@@ -170,7 +170,7 @@ constexpr int most_blocks = 64, least_blocks = 48;
 // dimension 128, one sequence, us: 4,096 keys 9.3 (in 32 parts 13.6), 32,768 46.8 (48.9), with 16 rows 47.6 (60),
 // 131,072 keys 177 (178); 8,192 keys of 4 heads 11.6 (in 64 parts 20.5), of 2 heads 9.2 (28.1), of one 7.9 (25.2).
 Division in_clusters(int64_t items, const Work& work, int most, bool by_own_length) {
-  int cluster = HopperTile::most_cluster;
+  int cluster = HopperDecodeTile::most_cluster;
   while (cluster > 1 && items * cluster > most) cluster /= 2;
   int64_t const blocks = items * cluster;
   int64_t parts = std::max<int64_t>(most_blocks / blocks, 1);
@@ -181,13 +181,13 @@ Division in_clusters(int64_t items, const Work& work, int most, bool by_own_leng
 
 // Blocks that run at once. Clusters of 4 and 8 find room on 120 of 132 multiprocessors, which stand in groups of 16 and
 // 18, some of less (an H100, two blocks a multiprocessor: 132 clusters of 2, 62 of 4, 30 of 8).
-int64_t blocks_at_once(const DeviceProperties& device, int blocks_a_unit, int cluster) {
+int64_t blocks_at_once(const DeviceProperties& device, const HopperDecodeTile& tile, int cluster) {
   int64_t const units = cluster > 2 ? int64_t{device.units} * 10 / 11 : device.units;
-  return units * blocks_a_unit;
+  return units * tile.blocks_a_unit();
 }
 
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
-                     HopperTile const& tile, int blocks_a_unit) {
+                     HopperDecodeTile const& tile) {
   bool const one_row_tile = work.rows <= tile.rows();
   int64_t const batch = problem.query.shape[0];
   // As if the sequence were alone.
@@ -205,34 +205,32 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
     int const most = batch == 1 && tile.head_dim <= 64 ? 2 * most_blocks : most_blocks;
     Division alone = in_clusters(work.lines, work, most, batch > 1);
     auto const fits = [&] {
-      return batch * work.lines * alone.cluster * alone.parts <= blocks_at_once(device, blocks_a_unit, alone.cluster);
+      return batch * work.lines * alone.cluster * alone.parts <= blocks_at_once(device, tile, alone.cluster);
     };
     // In half as many blocks where some would have to wait.
     if (batch <= 4 && alone.cluster > 1 && !fits()) alone.cluster /= 2;
     if (work.lines <= most && fits() && alone.cluster <= work.tiles_a_line) return alone;
   }
   // All blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
-  int64_t parts = blocks_at_once(device, blocks_a_unit, 1) / work.items;
+  int64_t parts = blocks_at_once(device, tile, 1) / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
   return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false};
 }
 
-// How a kernel with such tiles would do it.
-template <class Tile>
-Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device, const char* kernel, const Tile& tile) {
+Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
-  Work const work(s, tile.rows());
+  Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
+  HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
   int const blocks_a_unit = tile.blocks_a_unit();
-  Division const division = division_of(problem, device, work, tile, blocks_a_unit);
+  Division const division = division_of(problem, device, work, tile);
   int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
   int const cluster_rows = division.cluster > 1 ? part_rows : 0;
-  int const merge = division.cluster > 1 && division.parts == 1 ? 0 : merge_shared_memory;
-  int const bytes = (device.shared_memory_per_unit - merge) / blocks_a_unit - 1024;
+  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
   int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
 
   Plan plan;
   plan.backend = Backend::sm90;
-  plan.kernel = kernel;
+  plan.kernel = "sm90_decode";
   plan.head_dim = tile.head_dim;
   plan.tile_q = tile.rows();
   plan.tile_k = DecodeParts::tile_k;
@@ -257,7 +255,37 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device, co
   return plan;
 }
 
-// FLASHCORE_SM90_DECODE: "turned", wherever it can run, or "straight"; else plan() chooses.
+// The kernel with turned products runs where blocks know their parts without the lengths: one sequence, or a few that
+// clusters merge by themselves. It has as many blocks a multiprocessor, or more, and no kernel behind it to leave room
+// for; the plan is otherwise sm90_decode's, `straight`.
+std::optional<Plan> plan_turned(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& straight) {
+  Sizes const s = sizes(problem);
+  int64_t const rows = Work(s, 1).rows;
+  bool const known = straight.even_parts == 0 ? straight.splits == 1 : s.batch == 1;
+  if (problem.batch_invariant || !known || rows > straight.tile_q) return std::nullopt;
+  TurnedDecodeTile const* found = nullptr;
+  for (TurnedDecodeTile const& tile : turned_tiles) {  // those with fewer rows first
+    if (tile.head_dim == straight.head_dim && (!found || found->rows() < rows)) found = &tile;
+  }
+  if (!found) return std::nullopt;
+  int const cluster_rows = straight.cluster > 1 ? static_cast<int>(rows) : 0;
+  int const merge = straight.workspace > 0 ? merge_shared_memory : 0;
+  int const bytes = (device.shared_memory_per_unit - merge) / found->blocks_a_unit() - 1024;
+  Plan plan = straight;
+  plan.kernel = "sm90_decode_turned";
+  plan.tile_q = found->rows();
+  plan.threads = found->threads();
+  plan.shared_memory = found->shared_memory(found->stages_of(bytes), cluster_rows);
+  return plan;
+}
+
+// Whether that is the faster kernel. H100, XX
+bool turned_is_faster(const KvCacheProblem& problem, const Plan& turned) {
+  Sizes const s = sizes(problem);
+  return turned.tile_q <= 8 || (s.batch == 1 && s.seqlen_k >= 2048);
+}
+
+// FLASHCORE_SM90_DECODE: "turned", wherever that can run, or "straight"; else plan() chooses.
 std::optional<bool> forced_turned() {
   char const* const text = std::getenv("FLASHCORE_SM90_DECODE");
   if (text == nullptr || text[0] == '\0') return std::nullopt;
@@ -266,23 +294,11 @@ std::optional<bool> forced_turned() {
   throw ValueError(std::string("FLASHCORE_SM90_DECODE: got \"") + text + "\"; expected \"turned\" or \"straight\"");
 }
 
-// Whether sm90_decode_turned, whose plan `turned` would be, is the faster kernel.
-bool turns(const KvCacheProblem& problem, const Plan& turned) {
-  Sizes const s = sizes(problem);
-  return s.batch == 1 && !problem.batch_invariant && turned.cluster > 1 && turned.splits == 1 && s.seqlen_k >= 4096;
-}
-
 Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
-  Sizes const s = sizes(problem);
-  int64_t const rows = Work(s, 1).rows;
-  HopperDecodeTile const& tile = *tile_for(sm90_tiles, s.head_dim, rows);
-  TurnedDecodeTile const* const turned = tile_for(turned_tiles, s.head_dim, rows);
   std::optional<bool> const forced = forced_turned();
-  if (turned && turned->head_dim == tile.head_dim && forced.value_or(true)) {
-    Plan const plan = plan_sm90(problem, device, "sm90_decode_turned", *turned);
-    if (forced || turns(problem, plan)) return plan;
-  }
-  return plan_sm90(problem, device, "sm90_decode", tile);
+  Plan const straight = plan_straight(problem, device);
+  std::optional<Plan> const turned = plan_turned(problem, device, straight);
+  return turned && forced.value_or(turned_is_faster(problem, *turned)) ? *turned : straight;
 }
 
 // --- Decode kernels and forward kernels ------------------------------------------------------------------------------
@@ -366,11 +382,11 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   if (!decodes(plan)) return explain(forward_of(problem), device, plan);
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
-  int const cluster_rows = plan.cluster > 1 ? rows : 0;
-  int const stages = !hopper ? DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory)
-                     : std::string_view(plan.kernel) == "sm90_decode"
-                         ? HopperDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory, cluster_rows)
-                         : TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory, cluster_rows);
+  bool const turned = std::string_view(plan.kernel) == "sm90_decode_turned";
+  int const stages = turned   ? TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory)
+                     : hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
+                                                                                            plan.cluster > 1 ? rows : 0)
+                              : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +
                      (problem.backend == Backend::automatic ? "" : " (backend forced)") + ": ";

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a block of either Hopper decode kernel has: its arguments, instructions, its part of the work. A kernel's
-// `Config` names what else there is: its Memory (shared), its Work (registers of a consumer).
+// What a block of the Hopper decode kernel is made of: its arguments, its part of the work, its shared memory.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -14,13 +13,23 @@
 
 namespace flashcore::sm90 {
 
-// What TMA tells the L2 cache: nobody reads keys and values again.
-constexpr uint64_t read_once = 0x12f0000000000000;
-
-constexpr int log_tile_k = 6;
-static_assert(DecodeParts::tile_k == 1 << log_tile_k);
-
 using DecodeBarrier = cutlass::arch::ClusterTransactionBarrier;
+
+template <class Element_, int head_dim_, int slices_>
+struct DecodeConfig {
+  using Element = Element_;
+  static constexpr HopperDecodeTile tile{head_dim_, slices_};
+  static constexpr int head_dim = head_dim_;
+  static constexpr int slices = slices_;  // of 16 rows
+  static constexpr int rows = tile.rows(), warps = tile.warps(), consumers = 32 * warps, threads = tile.threads();
+  static constexpr int tile_k = DecodeParts::tile_k;
+  static constexpr int key_warps = HopperDecodeTile::key_warps, warp_keys = HopperDecodeTile::warp_keys;
+  static_assert(tile_k == key_warps * warp_keys && tile_k == 64 && head_dim % 32 == 0);
+
+  static constexpr int panels = tile.panels();
+  static constexpr int kv_bytes = tile.kv_bytes(), stage_bytes = tile.stage_bytes();
+  static constexpr int blocks_a_unit = tile.blocks_a_unit();
+};
 
 struct DecodeArguments {
   CUtensorMap k, v;  // boxes of box_rows keys, 64 columns or all
@@ -36,13 +45,31 @@ struct DecodeArguments {
   bool late;                 // the kernel behind starts when all tiles have been asked for; else at once
 };
 
+// Keys or values in shared memory as TMA writes them with its 128-byte swizzle: box after box, of a box panels of 64
+// columns, a row of a panel 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. A warp's keys lie in one
+// box.
+struct BoxTile {
+  int panel_bytes;
+
+  __device__ __forceinline__ int offset(int row, int chunk) const {
+    return chunk / 8 * panel_bytes + row * 128 + ((chunk ^ row) & 7) * 16;
+  }
+  // The offset that is `slices` slices of 16 columns to the right of `offset`, which lies in the first.
+  __device__ __forceinline__ uint32_t right(uint32_t offset, int slices) const {
+    return (offset ^ (32 * (slices % 4))) + slices / 4 * panel_bytes;
+  }
+};
+
+// What a consumer warp has in registers: of a slice of 16 rows.
+template <class Config>
+using Work = sm80::DecodeRows<typename Config::Element, Config::head_dim, 1, BoxTile>;
+
 // --- instructions ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void consumers_sync(int threads) {
   asm volatile("barrier.cta.sync.aligned 1, %0;" ::"r"(threads) : "memory");
 }
-// Each producer says that its barriers are set up, and the first one when the part is known, too; the consumers wait
-// for that.
+// The producer's warp says that the part is known, and the barriers are set up; the consumers wait for that.
 template <class Config>
 __device__ __forceinline__ void tell_part() {
   asm volatile("barrier.cta.arrive.aligned 2, %0;" ::"n"(Config::threads) : "memory");
@@ -50,15 +77,6 @@ __device__ __forceinline__ void tell_part() {
 template <class Config>
 __device__ __forceinline__ void wait_for_part() {
   asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
-}
-// The other producers know the part by themselves. In shared memory they look at it when they have asked for all tiles.
-template <class Config>
-__device__ __forceinline__ void tell_producers() {
-  asm volatile("barrier.cta.arrive.aligned 3, %0;" ::"n"(32 * Config::producers) : "memory");
-}
-template <class Config>
-__device__ __forceinline__ void wait_as_producer() {
-  asm volatile("barrier.cta.sync.aligned 3, %0;" ::"n"(32 * Config::producers) : "memory");
 }
 
 // Stores that happen if `acts`. The address is found in any case (finish() says why), so the condition is the
@@ -76,11 +94,6 @@ __device__ __forceinline__ void store(bool acts, void* to, uint32_t x, uint32_t 
 __device__ __forceinline__ void store(bool acts, float* to, float4 x) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
                "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(int{acts})
-               : "memory");
-}
-__device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(to), "f"(x),
-               "r"(int{acts})
                : "memory");
 }
 __device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x, float y) {
@@ -108,14 +121,14 @@ __device__ __forceinline__ void send(bool acts, uint32_t to, float4 x, uint32_t 
 // --- the block's part ------------------------------------------------------------------------------------------------
 
 // The item that a block works on, and which of its tiles: first, first + step, ...
-struct alignas(16) DecodePart {
+struct DecodePart {
   int sequence, head;  // of the keys
   int first_row, valid_rows;
   int cached, keys;  // of the sequence in the cache, and with the new ones
   int first, count, step;
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
-  int ahead;                 // producers that have asked for their first tile before the lengths were known
+  bool ahead;                // the first tile was asked for before the lengths were known
 };
 static_assert(sizeof(DecodePart) <= 64);
 
@@ -153,13 +166,52 @@ __device__ __forceinline__ int64_t row_offset(Rows<Pointer> const& rows, int seq
   return sequence * rows.batch_stride + place.token * rows.row_stride + place.head * rows.head_stride;
 }
 
-// A place in a ring: its places are filled and emptied in turn, and the barriers' phase flips each time around.
-struct RingPlace {
-  int number = 0;
+// --- shared memory ---------------------------------------------------------------------------------------------------
+
+template <class Config>
+struct DecodeMemory {
+  static constexpr HopperDecodeTile tile = Config::tile;
+  static constexpr int most_stages = HopperDecodeTile::most_stages;
+  char* base;
+  int stages;
+
+  __device__ __forceinline__ char* queries() const { return base; }
+  // (key_warps, rows), and as many sums behind them
+  __device__ __forceinline__ float* maxima() const { return reinterpret_cast<float*>(base + tile.q_bytes()); }
+  __device__ __forceinline__ float* sums() const { return maxima() + Config::key_warps * Config::rows; }
+  __device__ __forceinline__ DecodeBarrier* full_keys() const {
+    return reinterpret_cast<DecodeBarrier*>(base + tile.q_bytes() + tile.state_bytes());
+  }
+  __device__ __forceinline__ DecodeBarrier* full_values() const { return full_keys() + most_stages; }
+  __device__ __forceinline__ DecodeBarrier* empty() const { return full_keys() + 2 * most_stages; }
+  __device__ __forceinline__ DecodeBarrier* received_all() const { return full_keys() + 3 * most_stages; }
+  __device__ __forceinline__ DecodePart& part() const { return *reinterpret_cast<DecodePart*>(received_all() + 2); }
+  // Where there are pages, a bit for each box of a stage whose page does not exist.
+  __device__ __forceinline__ uint32_t* absent() const {
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64);
+  }
+
+  __device__ __forceinline__ char* keys(int stage) const {
+    return base + tile.head_bytes() + stage * Config::stage_bytes;
+  }
+  __device__ __forceinline__ char* values(int stage) const { return keys(stage) + Config::kv_bytes; }
+  // (key_warps, rows, merge_stride), when the stages have been read
+  __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(keys(0)); }
+  // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows)
+  __device__ __forceinline__ float* received() const {
+    constexpr int head_bytes = tile.head_bytes(), merge_bytes = tile.merge_bytes();
+    return reinterpret_cast<float*>(base + head_bytes + max_of(stages * Config::stage_bytes, merge_bytes));
+  }
+  __device__ __forceinline__ float* received_lse(int rows) const { return received() + rows * Config::head_dim; }
+};
+
+// A place in the ring: stages are filled and emptied in turn, and the barriers' phase flips each time around.
+struct StagePlace {
+  int stage = 0;
   uint32_t phase = 0;
-  __device__ __forceinline__ void advance(int places) {
-    if (++number == places) {
-      number = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
       phase ^= 1;
     }
   }

@@ -1,27 +1,131 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of sm90_decode that multiply what has come, each 16 keys of every tile, and make one result of theirs.
+// The warps of the Hopper decode kernel that multiply what has come, each 16 keys of every tile.
 #pragma once
 
-#include "sm90/decode_config.cuh"
-#include "sm90/decode_finish.cuh"
-#include "sm90/decode_inputs.cuh"
+#include "sm90/decode_block.cuh"
 
 namespace flashcore::sm90 {
 
+// Puts rows that TMA has not brought in place of what it has: of the warp's 16, rows begin to end are new tokens, row r
+// being token first_token + r, and the rest, of values, is cleared.
 template <class Config>
-__device__ __forceinline__ void consume(DecodeArguments const& a, typename Config::Memory const& shared,
-                                        typename Config::Work& work, int warp, int lane) {
+__device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void const*> const& appended, bool clears,
+                                      BoxTile const& tile, char* rows, DecodePart const& part, int begin, int end,
+                                      int first_token, int lane) {
+  using Element = typename Config::Element;
+  constexpr int chunks = Config::head_dim / 8;
+#pragma unroll 1
+  for (int i = begin * chunks + lane; i < (clears ? Config::warp_keys : end) * chunks; i += 32) {
+    int const row = i / chunks, chunk = i % chunks;
+    uint4 x{0, 0, 0, 0};
+    if (row < end && chunk * 8 < p.head_dim) {
+      x = __ldg(reinterpret_cast<uint4 const*>(
+          static_cast<Element const*>(appended.data) + part.sequence * appended.batch_stride +
+          (first_token + row) * appended.row_stride + part.head * appended.head_stride + chunk * 8));
+    }
+    *reinterpret_cast<uint4*>(rows + tile.offset(row, chunk)) = x;
+  }
+}
+
+// Before the kernel ahead has ended: asks for the block's first tiles and for its queries to be brought into the L2
+// cache, which all kernels share. What is read of lengths and page table may be about to change; then what is brought
+// is of no use. Only the blocks that run at once do so: the others find the kernel ahead done.
+template <class Config>
+__device__ __forceinline__ void prefetch(DecodeArguments const& a) {
+  using Element = typename Config::Element;
+  sm80::DecodeParams const& p = a.p;
+  int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
+  int const thread = threadIdx.x;
+  DecodePart part;
+  // Of the part's item: the first tile that counts, the end of the keys, and how many parts it has, this the
+  // `index`-th.
+  int begin = 0, end = p.seqlen_k, parts = a.even.divisor, index;
+  bool tiles_known = true;
+  if (a.even.divisor > 0) {
+    part = even_part<Config>(a, index);
+    tiles_known = p.window_left >= unlimited;
+  } else {
+    if (blockIdx.x >= Config::tile.units * Config::blocks_a_unit) return;
+    FoundSequence const found = find_sequence<true>(p, a.parts, number, -1, thread % 32);
+    if (found.sequence < 0) return;
+    int const in_sequence = number - found.before;
+    index = a.parts.lines.quotient(in_sequence);
+    part = part_of_line<Config>(a, found.sequence, in_sequence - index * a.parts.lines.divisor);
+    begin = found.range.begin;
+    end = found.cached;
+    parts = found.parts;
+  }
+  auto const line = [](auto const& rows, int64_t at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<Element const*>(rows.data) + at));
+  };
+  if (thread == 0 && p.cache_seqlens != nullptr)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.cache_seqlens + part.sequence));
+  if (thread < part.valid_rows) {
+    int64_t const at = row_offset(p.q, part.sequence, row_place(a, part, thread));
+    for (int column = 0; column < p.head_dim; column += 64) line(p.q, at + column);
+  }
+  if (!tiles_known) return;
+  int const way = begin + (index << a.log_cluster | rank);
+  static_assert(Config::consumers >= 2 * Config::tile_k);
+  if (thread >= 2 * Config::tile_k) return;
+  Rows<void const*> const& rows = thread < Config::tile_k ? p.k : p.v;
+#pragma unroll 1
+  for (int i = 0; i < a.prefetched; ++i) {
+    int const key = (way + i * (parts << a.log_cluster)) * Config::tile_k + thread % Config::tile_k;
+    if (key >= end) break;
+    int block = part.sequence, row = key;
+    if (p.page_table != nullptr) {
+      int const* const entry = p.page_table + part.sequence * p.page_table_stride + (key >> a.log_page);
+      asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(block) : "l"(entry));  // not into the L1 cache
+      if (block < 0 || block >= p.pages) continue;
+      row = key & (p.page_size - 1);
+    }
+    int64_t const at = block * rows.batch_stride + row * rows.row_stride + part.head * rows.head_stride;
+    for (int column = 0; column < p.head_dim; column += 64) line(rows, at + column);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared,
+                                        Work<Config>& work, int warp, int lane) {
+  using Element = typename Config::Element;
   using Queries = sm80::SharedTile<Config::head_dim>;
-  constexpr int consumers = Config::consumers;
+  constexpr int rows = Config::rows, chunks = Config::head_dim / 8, consumers = Config::consumers;
   sm80::DecodeParams const& p = a.p;
   DecodePart const& part = shared.part();
 
-  if (!bring_queries<Config>(a, shared, [](int row, int chunk) { return Queries::offset(row, chunk); })) return;
+  // The queries are asked for before the keys, too, where the lengths do not say whose.
+  bool const known = a.even.divisor > 0;
+  DecodePart place_of_q;
+  int index;
+  if (known) place_of_q = even_part<Config>(a, index);
+  wait_for_prerequisites();
+  if (!known) {
+    wait_for_part<Config>();
+    place_of_q = part;
+    if (part.sequence < 0) {
+      if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
+      return;
+    }
+  }
+  uint32_t const shared_q = shared_address(shared.queries());
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * chunks; i += consumers) {
+    int const row = i / chunks, chunk = i % chunks;
+    Element const* const source = static_cast<Element const*>(p.q.data) +
+                                  row_offset(p.q, place_of_q.sequence, row_place(a, place_of_q, row)) + chunk * 8;
+    sm80::copy_async(shared_q + Queries::offset(row, chunk), source,
+                     row < place_of_q.valid_rows && chunk * 8 < p.head_dim);
+  }
+  sm80::copy_commit();
+  if (known) wait_for_part<Config>();
+  if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
+  sm80::copy_wait_all();
   consumers_sync(consumers);  // the queries are here
 
   // This lane's rows of the operands, as in the forward kernel.
   int const slice = warp / Config::key_warps, key_warp = warp % Config::key_warps;
-  uint32_t const from_q = shared_address(shared.queries()) + Queries::offset(slice * 16 + lane % 16, lane / 16);
+  uint32_t const from_q = shared_q + Queries::offset(slice * 16 + lane % 16, lane / 16);
   int const tile_key = key_warp * Config::warp_keys;  // of a tile, this warp's first
   BoxTile const box{128 << a.log_box};
   int const in_tile =
@@ -29,20 +133,21 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
   int const lane_k = in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   int const lane_v = in_tile + box.offset(lane % 16, lane / 16);
   work.start(from_q);
-  RingPlace place;
+  StagePlace place;
   int const count = part.count;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     int const tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
-    char* const stage_keys = shared.keys(place.number);
-    shared.full_keys()[place.number].wait(place.phase);
-    bool const here = p.page_table == nullptr || (shared.absent()[place.number] >> (tile_key >> a.log_box) & 1) == 0;
+    char* const stage_keys = shared.keys(place.stage);
+    shared.full_keys()[place.stage].wait(place.phase);
+    bool const here = p.page_table == nullptr || (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
     bool const patched = here && first + Config::warp_keys > part.cached;
     // One slice's warps do it for all, which then come together wherever a tile has such rows for any warp.
     auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile_rows) {
       if (patched && slice == 0) {
-        patch<Config>(p, appended, clears, part, first, lane,
-                      [&](int row, int chunk) { return tile_rows + in_tile + box.offset(row, chunk); });
+        patch<Config>(p, appended, clears, box, tile_rows + in_tile, part,
+                      clamp_to(part.cached - first, 0, Config::warp_keys),
+                      clamp_to(part.keys - first, 0, Config::warp_keys), first - part.cached, lane);
         cutlass::arch::fence_view_async_shared();  // before TMA writes there again
       }
       if constexpr (Config::slices == 1) {
@@ -65,85 +170,17 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
     }
     work.softmax(s, weights, p.score.factor);
 
-    shared.full_values()[place.number].wait(place.phase);
-    if (has_edge) patch_with(p.new_v, true, shared.values(place.number));
+    shared.full_values()[place.stage].wait(place.phase);
+    if (has_edge) patch_with(p.new_v, true, shared.values(place.stage));
     work.output(weights, box, shared_address(stage_keys) + Config::kv_bytes + lane_v);
     __syncwarp();  // all lanes are done with the stage
-    if (lane == 0) shared.empty()[place.number].arrive();
+    if (lane == 0) shared.empty()[place.stage].arrive();
     place.advance(shared.stages);
   }
   if (count <= 0 && part.ahead) {  // a tile was asked for in vain: it is to arrive before its place is used
     shared.full_keys()[0].wait(0);
     shared.full_values()[0].wait(0);
   }
-}
-
-// The end of a part: the warps' results become the block's.
-template <class Config>
-__device__ __forceinline__ void finish(DecodeArguments const& a, typename Config::Memory const& shared,
-                                       typename Config::Work& work, int warp, int lane, bool acts) {
-  constexpr int head_dim = Config::head_dim, rows = Config::rows;
-  constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
-  DecodePart const& part = shared.part();
-  float const factor = a.p.score.factor;
-  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-  int const blocks = 1 << a.log_cluster;
-
-  // The warps' results become one: each scales its own by its weight over the sum of all.
-  int const key_warp = warp % Config::key_warps, first_row = warp / Config::key_warps % Config::slices * 16;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    SoftmaxRow const& state = work.state[0][half];
-    float const sum = quad_sum(state.sum);
-    int const at = key_warp * rows + first_row + half * 8 + lane / 4;
-    if (acts && lane % 4 == 0) shared.maxima()[at] = state.max, shared.sums()[at] = sum;
-  }
-  if (a.log_cluster > 0) cluster_wait_acquire();  // all blocks run, and may be sent to
-  if (acts) consumers_sync(consumers);            // the states are there, and nobody reads the stages any more
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const row = first_row + half * 8 + lane / 4;
-    if (first_row + half * 8 >= part.valid_rows) continue;
-    SoftmaxRow all;
-#pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) all.max = fmaxf(all.max, read(shared.maxima() + w * rows + row));
-    float const top = all.max == minus_infinity() ? 0.0f : all.max;
-#pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) {
-      all.sum +=
-          exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) * read(shared.sums() + w * rows + row);
-    }
-    float const weight = exp2_of((work.state[0][half].max - top) * factor) * all.inverse_sum();
-    uint32_t const to = shared_address(shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2);
-#pragma unroll
-    for (int n = 0; n < head_dim / 8; ++n) {
-      store_shared(acts, to + n * 32, work.o[0][n][2 * half] * weight, work.o[0][n][2 * half + 1] * weight);
-    }
-    if (key_warp == 0 && row < part.valid_rows) {
-      float const lse = all.lse(factor);
-      if (a.log_cluster > 0) {
-#pragma unroll 1
-        for (int block = lane % 4; block < blocks; block += 4) send_lse<Config>(a, shared, row, lse, block, acts);
-      } else if (lane % 4 == 0) {
-        write_lse(a, part, row, lse, acts);
-      }
-    }
-  }
-  if (acts) consumers_sync(consumers);  // the outputs are there
-  constexpr int row_pieces = head_dim / 4;
-#pragma unroll 1
-  for (int i = threadIdx.x % consumers; i < part.valid_rows * row_pieces; i += consumers) {
-    int const row = i / row_pieces, column = i % row_pieces * 4;
-    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) {
-      float4 const x =
-          read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + column));
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    hand_over<Config>(a, shared, row, column, sum, acts);
-  }
-  if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
 }
 
 }  // namespace flashcore::sm90

@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a part in the Hopper decode kernels: the consumers' results become the block's, the blocks' the cluster's.
-//
-// Producers go the same way before the consumers get there and do nothing on it (`acts` is false): they fetch the
-// instructions, which would take longer than to execute them.
+// The end of a part in the Hopper decode kernel: the warps' results become the block's, the blocks' the cluster's.
 #pragma once
 
 #include <type_traits>
@@ -12,128 +9,149 @@
 
 namespace flashcore::sm90 {
 
-// Where a part's result goes, for a row of it: to the output, or to what the kernel behind this one merges.
+// A part's result, for a row of it: the output's, or what the kernel behind this one merges.
 template <class Config>
-__device__ __forceinline__ void* result_place(DecodeArguments const& a, DecodePart const& part, int row, int column) {
+__device__ __forceinline__ void write(DecodeArguments const& a, DecodePart const& part, int row, int column, float4 x,
+                                      bool acts) {
   sm80::DecodeParams const& p = a.p;
-  if (part.slot >= 0) return p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + column;
-  return static_cast<typename Config::Element*>(p.o.data) + row_offset(p.o, part.sequence, row_place(a, part, row)) +
-         column;
-}
-// And its log-sum-exp; nowhere if nobody asks.
-__device__ __forceinline__ float* lse_place(DecodeArguments const& a, DecodePart const& part, int row) {
-  sm80::DecodeParams const& p = a.p;
-  if (part.slot >= 0) return p.part_lse + int64_t{part.slot} * p.part_rows + row;
-  if (p.lse == nullptr) return nullptr;
-  RowPlace const at = row_place(a, part, row);
-  return p.lse + (int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token;
-}
-template <class Config>
-__device__ __forceinline__ void write(DecodeArguments const& a, DecodePart const& part, void* to, float4 x, bool acts) {
   if (part.slot >= 0) {
-    store(acts, static_cast<float*>(to), x);
+    store(acts, p.part_out + (int64_t{part.slot} * p.part_rows + row) * p.head_dim + column, x);
   } else {
     using P = sm80::Precision<typename Config::Element>;
-    store(acts, to, P::pack(x.x, x.y), P::pack(x.z, x.w));
+    int64_t const at = row_offset(p.o, part.sequence, row_place(a, part, row)) + column;
+    store(acts, static_cast<typename Config::Element*>(p.o.data) + at, P::pack(x.x, x.y), P::pack(x.z, x.w));
   }
 }
 __device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart const& part, int row, float lse,
                                           bool acts) {
-  if (float* const to = lse_place(a, part, row)) store(acts, to, lse);
-}
-
-// Four columns of the block's result for a row: into the cluster, each block of which merges an equal share of the
-// columns, or to where a part's result goes.
-template <class Config>
-__device__ __forceinline__ void hand_over(DecodeArguments const& a, typename Config::Memory const& shared, int row,
-                                          int column, float4 x, bool acts) {
-  DecodePart const& part = shared.part();
-  if (a.log_cluster > 0) {
-    constexpr int head_dim = Config::head_dim;
-    int const columns = head_dim >> a.log_cluster, rank = blockIdx.x & ((1 << a.log_cluster) - 1);
-    int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
-    float* const to = shared.received() + (rank * part.valid_rows + row) * columns + column - owner * columns;
-    send(acts, in_block(shared_address(to), owner), x, in_block(shared_address(shared.received_all()), owner));
-  } else {
-    write<Config>(a, part, result_place<Config>(a, part, row, column), x, acts && column < a.p.head_dim);
+  sm80::DecodeParams const& p = a.p;
+  if (part.slot >= 0) {
+    store(acts, p.part_lse + int64_t{part.slot} * p.part_rows + row, lse);
+  } else if (p.lse != nullptr) {
+    RowPlace const at = row_place(a, part, row);
+    store(acts, p.lse + (int64_t{part.sequence} * p.heads_q + at.head) * p.seqlen_q + at.token, lse);
   }
 }
-// And its log-sum-exp, to a block of the cluster.
+
+// This block's columns of the item's rows, when all blocks of the cluster have sent theirs: a thread has four columns
+// of a row, and takes the blocks' in their order.
 template <class Config>
-__device__ __forceinline__ void send_lse(DecodeArguments const& a, typename Config::Memory const& shared, int row,
-                                         float lse, int block, bool acts) {
-  int const rows = shared.part().valid_rows, rank = blockIdx.x & ((1 << a.log_cluster) - 1);
-  uint32_t const to = shared_address(shared.received_lse(rows) + rank * rows + row);
-  send(acts, in_block(to, block), lse, in_block(shared_address(shared.received_all()), block));
+__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
+                                              bool acts) {
+  DecodePart const& part = shared.part();
+  constexpr int most = HopperDecodeTile::most_cluster;
+  int const blocks = 1 << a.log_cluster, columns = Config::head_dim >> a.log_cluster, rows = part.valid_rows;
+  if (acts) shared.received_all()->wait(0);
+#pragma unroll 1
+  for (int i = threadIdx.x % Config::consumers; i < rows * columns / 4; i += Config::consumers) {
+    int const row = static_cast<int>((static_cast<unsigned>(i) << (2 + a.log_cluster)) / unsigned{Config::head_dim});
+    int const column = i * 4 - row * columns;
+    float lse[most];
+    float4 x[most];
+    float top = minus_infinity();
+#pragma unroll
+    for (int block = 0; block < most; ++block) {
+      lse[block] = minus_infinity(), x[block] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (!acts || block >= blocks) continue;
+      lse[block] = shared.received_lse(rows)[block * rows + row];
+      x[block] = *reinterpret_cast<float4 const*>(shared.received() + (block * rows + row) * columns + column);
+      top = lse[block] > top || lse[block] != lse[block] ? lse[block] : top;  // a NaN stays
+    }
+    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+    float total = 0.0f;
+#pragma unroll
+    for (int block = 0; block < most; ++block) {
+      float const weight = part_weight(lse[block], top);
+      total += weight;
+      sum.x += weight * x[block].x, sum.y += weight * x[block].y;
+      sum.z += weight * x[block].z, sum.w += weight * x[block].w;
+    }
+    float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
+    if (rank * columns + column < a.p.head_dim) write<Config>(a, part, row, rank * columns + column, sum, acts);
+    if (rank == 0 && column == 0) write_lse(a, part, row, merged_lse(top, total), acts);
+  }
 }
 
-// This block's columns of the item's rows, when all blocks of the cluster have sent theirs. A thread has four columns
-// of a row, of as many blocks as make all threads busy: these in their order, then with the lanes beside it, in a tree.
+// The end of a part. The producer's warp goes the same way before the consumers get there and does nothing on it
+// (`acts` is false): it fetches the instructions, which would take longer than to execute them.
+//
+// In a cluster each block sends its result to the others: equal shares of the columns, and to all the log-sum-exp.
 template <class Config>
-__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, typename Config::Memory const& shared,
-                                              bool acts) {
-  constexpr int most_items = Config::rows * Config::head_dim / 4;  // one of each block
-  constexpr int log_mine = most_items <= Config::consumers       ? 0
-                           : most_items <= 2 * Config::consumers ? 1
-                           : most_items <= 4 * Config::consumers ? 2
-                                                                 : 3;
-  constexpr int mine = 1 << log_mine;
-  int const blocks = 1 << a.log_cluster, rank = blockIdx.x & (blocks - 1), rows = shared.part().valid_rows;
-  int const log_lanes = max_of(a.log_cluster - log_mine, 0), lanes = 1 << log_lanes;
-  int const columns = Config::head_dim >> a.log_cluster, items = rows * columns / 4 << log_lanes;
-#pragma unroll 1
-  for (int first = threadIdx.x / 32 * 32 % Config::consumers, round = 0; first < items;
-       first += Config::consumers, ++round) {
-    int const i = first + threadIdx.x % 32, block = i & (lanes - 1);
-    int const row =
-        static_cast<int>((static_cast<unsigned>(i) << (2 + a.log_cluster - log_lanes)) / unsigned{Config::head_dim});
-    int const column = (i >> log_lanes) * 4 - row * columns;
-    bool const exists = acts && i < items;
-    auto const to = result_place<Config>(a, shared.part(), row, rank * columns + column);
-    float* const to_lse = lse_place(a, shared.part(), row);
-    if (acts && round == 0) shared.received_all()->wait(0);
+__device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
+                                       int warp, int lane, bool acts) {
+  constexpr int head_dim = Config::head_dim, rows = Config::rows;
+  constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
+  DecodePart const& part = shared.part();
+  float const factor = a.p.score.factor;
+  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
+  int const blocks = 1 << a.log_cluster, columns = head_dim >> a.log_cluster, rank = blockIdx.x & (blocks - 1);
+  uint32_t const received_all = shared_address(shared.received_all());
 
-    float lse[mine], top = minus_infinity();
-    float4 x[mine];
+  // The warps' results become one: each scales its own by its weight over the sum of all.
+  int const key_warp = warp % Config::key_warps, first_row = warp / Config::key_warps % Config::slices * 16;
 #pragma unroll
-    for (int j = 0; j < mine; ++j) {
-      lse[j] = minus_infinity(), x[j] = {0.0f, 0.0f, 0.0f, 0.0f};
-      int const from = block + (j << log_lanes);
-      if (exists && from < blocks) {
-        lse[j] = shared.received_lse(rows)[from * rows + row];
-        x[j] = *reinterpret_cast<float4 const*>(shared.received() + (from * rows + row) * columns + column);
+  for (int half = 0; half < 2; ++half) {
+    SoftmaxRow const& state = work.state[0][half];
+    float const sum = quad_sum(state.sum);
+    int const at = key_warp * rows + first_row + half * 8 + lane / 4;
+    if (acts && lane % 4 == 0) shared.maxima()[at] = state.max, shared.sums()[at] = sum;
+  }
+  if (a.log_cluster > 0) cluster_wait_acquire();  // all blocks run, and may be sent to
+  if (acts) consumers_sync(consumers);            // the states are there, and nobody reads the stages any more
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int const row = first_row + half * 8 + lane / 4;
+    if (first_row + half * 8 >= part.valid_rows) continue;
+    SoftmaxRow all;
+#pragma unroll
+    for (int w = 0; w < Config::key_warps; ++w) all.max = fmaxf(all.max, read(shared.maxima() + w * rows + row));
+    float const top = all.max == minus_infinity() ? 0.0f : all.max;
+#pragma unroll
+    for (int w = 0; w < Config::key_warps; ++w) {
+      all.sum +=
+          exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) * read(shared.sums() + w * rows + row);
+    }
+    float const weight = exp2_of((work.state[0][half].max - top) * factor) * all.inverse_sum();
+    uint32_t const to = shared_address(shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2);
+#pragma unroll
+    for (int n = 0; n < head_dim / 8; ++n) {
+      store_shared(acts, to + n * 32, work.o[0][n][2 * half] * weight, work.o[0][n][2 * half + 1] * weight);
+    }
+    if (key_warp == 0 && row < part.valid_rows) {
+      float const lse = all.lse(factor);
+      if (a.log_cluster > 0) {
+        uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
+#pragma unroll 1
+        for (int block = lane % 4; block < blocks; block += 4) {
+          send(acts, in_block(at, block), lse, in_block(received_all, block));
+        }
+      } else if (lane % 4 == 0) {
+        write_lse(a, part, row, lse, acts);
       }
     }
-    auto const take = [&](float y) { top = y > top || y != y ? y : top; };  // a NaN stays
-    auto const of_other = [](float y, int step) { return __shfl_xor_sync(0xffffffffu, y, step); };
-#pragma unroll
-    for (int j = 0; j < mine; ++j) take(lse[j]);
-#pragma unroll
-    for (int log = 0; log < 3 - log_mine; ++log) {
-      if (log < log_lanes) take(of_other(top, 1 << log));
-    }
-    float total = 0.0f;
+  }
+  if (acts) consumers_sync(consumers);  // the outputs are there
+  constexpr int row_pieces = head_dim / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x % consumers; i < part.valid_rows * row_pieces; i += consumers) {
+    int const row = i / row_pieces, column = i % row_pieces * 4;
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int j = 0; j < mine; ++j) {
-      float const weight = part_weight(lse[j], top);
-      total += weight;
-      sum.x += weight * x[j].x, sum.y += weight * x[j].y, sum.z += weight * x[j].z, sum.w += weight * x[j].w;
+    for (int w = 0; w < Config::key_warps; ++w) {
+      float4 const x =
+          read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + column));
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
-#pragma unroll
-    for (int log = 0; log < 3 - log_mine; ++log) {
-      if (log >= log_lanes) continue;
-      int const step = 1 << log;
-      total += of_other(total, step);
-      sum.x += of_other(sum.x, step), sum.y += of_other(sum.y, step);
-      sum.z += of_other(sum.z, step), sum.w += of_other(sum.w, step);
+    if (a.log_cluster > 0) {
+      int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
+      float* const to = shared.received() + (rank * part.valid_rows + row) * columns + column - owner * columns;
+      send(acts, in_block(shared_address(to), owner), sum, in_block(received_all, owner));
+    } else if (column < a.p.head_dim) {
+      write<Config>(a, part, row, column, sum, acts);
     }
-    float const inverse = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
-    sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
-    bool const writes = exists && block == 0;
-    write<Config>(a, shared.part(), to, sum, writes && rank * columns + column < a.p.head_dim);
-    if (to_lse != nullptr) store(writes && rank == 0 && column == 0, to_lse, merged_lse(top, total));
   }
+  if (a.log_cluster > 0) merge_cluster<Config>(a, shared, rank, acts);
 }
 
 }  // namespace flashcore::sm90

@@ -1,32 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of the Hopper decode kernels that find out what the block's part is and ask TMA for its tiles.
+// The warp of the Hopper decode kernel that finds out what the block's part is and asks TMA for its tiles.
 #pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
 
 #include "sm90/decode_block.cuh"
 
 namespace flashcore::sm90 {
 
-// One warp, the `group`-th of the block's producers, which take its tiles in turn: finds out what the block's part is,
-// leaves it to the consumers, and asks for its tiles as its ring's places empty.
+// What TMA tells the L2 cache: nobody reads keys and values again.
+constexpr uint64_t read_once = 0x12f0000000000000;
+
+// One warp: finds out what the block's part is, leaves it to the consumers, and asks for its tiles as the stages empty,
+// each box by a lane.
 template <class Config>
-__device__ __forceinline__ void produce(DecodeArguments const& a, typename Config::Memory const& shared, int group,
-                                        int lane) {
-  constexpr int producers = Config::producers;
-  if (group > 0) tell_part<Config>();
+__device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<Config> const& shared, int lane) {
   sm80::DecodeParams const& p = a.p;
-  typename Config::Ring ring(a, shared, group, lane);
-  int const box_rows = 1 << a.log_box, log_boxes = log_tile_k - a.log_box, boxes = 1 << log_boxes;
-  // Where the lane's box begins in a page, of a tile whose first key is `key`.
-  auto const row_in_page = [&](int key) {
-    return (key + (ring.box() < boxes ? ring.box() : 0) * box_rows) & (p.page_size - 1);
+  StagePlace place;
+  constexpr int log_tile = 6;
+  static_assert(Config::tile_k == 1 << log_tile);
+  int const box_rows = 1 << a.log_box, log_boxes = log_tile - a.log_box, boxes = 1 << log_boxes;
+  // A box that is not there comes as zeros from behind the last page.
+  int const nowhere = max_of(p.pages, 1);
+  auto const load = [&](int row, int head, int block, bool acts) {
+    if (acts) shared.empty()[place.stage].wait(place.phase ^ 1);
+    uint32_t const absent = __ballot_sync(0xffffffffu, lane < boxes && block < 0);
+    DecodeBarrier &full_keys = shared.full_keys()[place.stage], &full_values = shared.full_values()[place.stage];
+    if (acts && lane == 0) {
+      if (p.page_table != nullptr) shared.absent()[place.stage] = absent;
+      full_keys.arrive_and_expect_tx(Config::kv_bytes);
+      full_values.arrive_and_expect_tx(Config::kv_bytes);
+    }
+    __syncwarp();
+    if (acts && lane < boxes) {
+      int const at = block < 0 ? nowhere : block;
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        char* to =
+            (i == 0 ? shared.keys(place.stage) : shared.values(place.stage)) + lane * (Config::kv_bytes >> log_boxes);
+#pragma unroll 1
+        for (int panel = 0; panel < a.column_boxes; ++panel) {
+          cute::SM90_TMA_LOAD_5D::copy(i == 0 ? &a.k : &a.v,
+                                       reinterpret_cast<uint64_t*>(i == 0 ? &full_keys : &full_values), read_once, to,
+                                       panel * 64, row, 0, head, at);
+          to += box_rows * 128;
+        }
+      }
+    }
+    __syncwarp();
+    if (acts) place.advance(shared.stages);
   };
 
-  // What the page table says of 32 boxes of the producer's tiles, one a lane, where they begin before key `end`.
-  // Nothing looks at it before it is needed, or the warp would wait for it.
+  // What the page table says of 32 boxes of the part, one a lane, where they begin before key `end`. Nothing looks at
+  // it before it is needed, or the warp would wait for it.
   auto const pages_from = [&](DecodePart const& part, int box, int end) {
     box += lane;
-    int const i = box >> log_boxes, tile = part.first + (i * producers + group) * part.step;
-    int const key = tile * Config::tile_k + (box - (i << log_boxes)) * box_rows;
+    int const i = box >> log_boxes;
+    int const key = (part.first + i * part.step) * Config::tile_k + (box - (i << log_boxes)) * box_rows;
     return key < end ? p.page_table[part.sequence * p.page_table_stride + (key >> a.log_page)] : -1;
   };
   auto const existing = [&](int page) { return page >= 0 && page < p.pages ? page : -1; };
@@ -34,50 +64,40 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, typename Confi
 
   DecodePart part;
   KeyRange range;
+  bool ahead = false;
   // The blocks of all of an item's parts take its tiles in turn: what is read at the same time lies side by side.
   int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
   int parts, way;
-  bool const known = a.even.divisor > 0;  // where the lengths do not matter
-  bool ahead = false;
-  if (known) {
-    int index;
-    part = even_part<Config>(a, index);
-    parts = a.even.divisor;
-    way = index << a.log_cluster | rank;
-    part.step = parts << a.log_cluster;
-    // The producers know their first tiles without the length, unless a window says where they are.
-    part.ahead = 0;
-#pragma unroll
-    for (int g = 0; g < producers; ++g) {
-      bool const exists = (way + g * part.step) * Config::tile_k < p.seqlen_k;
-      part.ahead += p.window_left >= unlimited && exists;
-    }
-    ahead = group < part.ahead;
-  }
-  // Then the warp goes through here twice, the first time for the instructions, while the kernel ahead still runs.
-  bool const paged = p.page_table != nullptr;
-  if (ahead && !paged) ring.expect_first();
+  // Where the lengths do not matter, the warp goes through here twice, the first time for the instructions, while the
+  // kernel ahead still runs.
 #pragma unroll 1
-  for (int pass = known ? 0 : 1; pass < 2; ++pass) {
+  for (int pass = a.even.divisor > 0 ? 0 : 1; pass < 2; ++pass) {
     bool const acts = pass == 1;
     if (acts) {
       wait_for_prerequisites();
       if (!a.late) launch_dependents();
     }
-    if (known) {
-      // The length is asked for first: behind the keys it would wait for them. The first tile comes while it does.
+    if (a.even.divisor > 0) {
+      int index;
+      part = even_part<Config>(a, index);
+      parts = a.even.divisor;
+      way = index << a.log_cluster | rank;
+      // The length is asked for first: behind the keys it would wait for them.
       int length = p.seqlen_k;
       if (acts && p.cache_seqlens != nullptr)
         asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
-      int const row = (way + group * part.step) * Config::tile_k;
-      if (ahead && paged) {
-        part.first = way;
+      // The block knows its first tile without the length, unless a window says where it is: asked for ahead, it comes
+      // while the length does.
+      ahead = p.window_left >= unlimited && way * Config::tile_k < p.seqlen_k;
+      part.first = way;
+      part.step = parts << a.log_cluster;
+      int block = part.sequence, row = way * Config::tile_k;
+      if (p.page_table != nullptr && ahead) {
         if (acts) next_pages = pages_from(part, 0, p.seqlen_k);
-        int const block = existing(__shfl_sync(0xffffffffu, next_pages, ring.box() % 32));
-        ring.load(row_in_page(row), part.head, block, acts);
-      } else if (ahead) {
-        ring.load_first(row, part.head, part.sequence, acts);
+        block = existing(next_pages);
+        row = (row + (lane < boxes ? lane : 0) * box_rows) & (p.page_size - 1);
       }
+      if (ahead) load(row, part.head, block, acts);
       part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
       range = a.parts.range(p, part.cached + p.new_tokens);
     } else {
@@ -85,7 +105,6 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, typename Confi
       int const in_sequence = number - found.before;
       int const index = a.parts.lines.quotient(in_sequence), line = in_sequence - index * a.parts.lines.divisor;
       part = part_of_line<Config>(a, found.sequence, line);
-      part.ahead = 0;
       part.cached = found.cached;
       range = found.range;
       parts = found.parts;
@@ -93,13 +112,13 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, typename Confi
     }
     part.step = parts << a.log_cluster;
     part.first = range.begin + way;
-    int const behind = max_of(range.count() - way, 0);
-    part.count = known ? a.even.quotient((behind + part.step - 1) >> a.log_cluster) : parts_of(behind, part.step);
+    part.count = range.count() <= way ? 0 : parts_of(range.count() - way, part.step);
     part.slot = parts == 1 ? -1 : number;
+    part.ahead = ahead;
     part.keys = part.cached + p.new_tokens;
     part.full_begin = range.full_begin;
     part.full_end = range.full_end;
-    if (acts && lane == 0 && group == 0) {
+    if (acts && lane == 0) {
       shared.part() = part;
       if (a.log_cluster > 0 && part.sequence >= 0) {  // what the cluster's blocks will send
         shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows * (Config::head_dim + (1 << a.log_cluster)));
@@ -107,29 +126,26 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, typename Confi
     }
   }
   __syncwarp();
-  if (group == 0) {
-    tell_part<Config>();
-    if constexpr (producers > 1) tell_producers<Config>();
-  }
+  tell_part<Config>();
   if (part.sequence < 0) return;
 
   // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
   int pages = -1;
-  if (paged && !ahead) next_pages = pages_from(part, 0, part.keys);
+  if (p.page_table != nullptr && !ahead) next_pages = pages_from(part, 0, part.keys);
 #pragma unroll 1
-  for (int i = group, box = 0; i < part.count; i += producers, box += boxes) {
+  for (int i = 0, box = 0; i < part.count; ++i, box += boxes) {
     int block = part.sequence, row = (part.first + i * part.step) * Config::tile_k;
-    if (paged) {
+    if (p.page_table != nullptr) {
       if (box % 32 == 0) {
         pages = existing(next_pages);
         next_pages = pages_from(part, box + 32, part.keys);
       }
-      block = __shfl_sync(0xffffffffu, pages, (box + ring.box()) % 32);
-      row = row_in_page(row);
+      block = __shfl_sync(0xffffffffu, pages, (box + lane) % 32);
+      row = (row + (lane < boxes ? lane : 0) * box_rows) & (p.page_size - 1);
     }
-    if (i > group || !ahead) ring.load(row, part.head, block, true);
+    if (i > 0 || !ahead) load(row, part.head, block, true);
   }
-  if (a.late && group == producers - 1) launch_dependents();
+  if (a.late) launch_dependents();
 }
 
 }  // namespace flashcore::sm90

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shared memory of the Hopper decode kernels, as plan() and the kernels both count it.
+// The shared memory of the Hopper decode kernel, as plan() and the kernel both count it.
 #pragma once
 
 #include "attention/portable.h"
@@ -7,35 +7,24 @@
 namespace flashcore {
 namespace {
 
-// What both kernels' tiles have.
-struct HopperTile {
-  int head_dim, tile_rows;
+struct HopperDecodeTile {
+  int head_dim, slices;  // of 16 rows
 
-  static constexpr int key_warps = 4;     // that divide a tile's keys
+  static constexpr int key_warps = 4;     // consumers of a slice, which divide a tile's keys
   static constexpr int warp_keys = 16;    // of a tile of 64 keys
   static constexpr int most_stages = 8;   // tiles of keys on their way
   static constexpr int most_cluster = 8;  // blocks that share an item
   static constexpr int units = 132;       // multiprocessors of the devices that numbers here are for
 
-  FLASHCORE_HD constexpr int rows() const { return tile_rows; }
+  FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
+  FLASHCORE_HD constexpr int warps() const { return key_warps * slices; }
+  FLASHCORE_HD constexpr int threads() const { return 32 * warps() + 32; }  // the producer's warp is the last
+  // Two blocks share a multiprocessor's registers where the accumulators are few.
+  FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim * slices <= 128 ? 2 : 1; }
   // Keys or values of a tile, in panels of 64 columns.
   FLASHCORE_HD constexpr int panels() const { return ceil_div(head_dim, 64); }
   FLASHCORE_HD constexpr int kv_bytes() const { return panels() * 64 * 128; }
   FLASHCORE_HD constexpr int stage_bytes() const { return 2 * kv_bytes(); }
-  // What all warps of a cluster's blocks send to each of these: its columns of `cluster_rows` rows, and all rows'
-  // log-sum-exp. `cluster_rows` are those of a part, where the blocks of a cluster merge; else 0.
-  FLASHCORE_HD constexpr int received_bytes(int cluster_rows) const {
-    return cluster_rows * (head_dim + most_cluster) * 4;
-  }
-};
-
-// Of sm90_decode: queries are the products' rows.
-struct HopperDecodeTile : HopperTile {
-  FLASHCORE_HD constexpr int slices() const { return tile_rows / 16; }
-  FLASHCORE_HD constexpr int warps() const { return key_warps * slices(); }  // consumers: four of a slice
-  FLASHCORE_HD constexpr int threads() const { return 32 * warps() + 32; }   // the producer's warp is the last
-  // Two blocks share a multiprocessor's registers where the accumulators are few.
-  FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim * slices() <= 128 ? 2 : 1; }
   FLASHCORE_HD constexpr int q_bytes() const { return rows() * head_dim * 2; }
   FLASHCORE_HD constexpr int state_bytes() const { return key_warps * rows() * 2 * 4; }
   // Barriers, which boxes are absent, the block's part.
@@ -44,47 +33,23 @@ struct HopperDecodeTile : HopperTile {
   // need, so that the lanes of a warp that hold different rows write to different banks.
   FLASHCORE_HD constexpr int merge_stride() const { return head_dim + 8; }
   FLASHCORE_HD constexpr int merge_bytes() const { return key_warps * rows() * merge_stride() * 4; }
+  // What all warps of a cluster's blocks send to each of these: its columns of `rows` rows, and all rows' log-sum-exp.
+  FLASHCORE_HD constexpr int received_bytes(int rows) const { return rows * head_dim * 4; }
+  FLASHCORE_HD constexpr int received_lse_bytes(int rows) const { return rows * most_cluster * 4; }
 
-  // What comes before the stages. What a cluster's blocks send lies behind them.
+  // What comes before the stages, and behind them, in clusters only.
   FLASHCORE_HD constexpr int head_bytes() const {
     return (q_bytes() + state_bytes() + control_bytes + 1023) / 1024 * 1024;
   }
+  FLASHCORE_HD constexpr int tail_bytes(int cluster_rows) const {
+    return received_bytes(cluster_rows) + received_lse_bytes(cluster_rows);
+  }
+  // `cluster_rows`: of a part, where the blocks of a cluster merge; else 0.
   FLASHCORE_HD constexpr int shared_memory(int stages, int cluster_rows) const {
-    return head_bytes() + max_of(stages * stage_bytes(), merge_bytes()) + received_bytes(cluster_rows);
+    return head_bytes() + max_of(stages * stage_bytes(), merge_bytes()) + tail_bytes(cluster_rows);
   }
   FLASHCORE_HD constexpr int stages_of(int shared_memory, int cluster_rows) const {
-    return min_of((shared_memory - head_bytes() - received_bytes(cluster_rows)) / stage_bytes(), most_stages);
-  }
-};
-
-// Of sm90_decode_turned: keys are the products' rows, then columns of the output.
-struct TurnedDecodeTile : HopperTile {
-  static constexpr int groups = 2;  // of consumers, which take a block's tiles in turn
-
-  FLASHCORE_HD constexpr int warps() const { return groups * key_warps; }
-  FLASHCORE_HD constexpr int threads() const { return 32 * (warps() + groups); }  // a producer for each is the last
-  FLASHCORE_HD constexpr int blocks_a_unit() const { return head_dim <= 128 ? 2 : 1; }
-  FLASHCORE_HD constexpr int q_bytes() const { return panels() * rows() * 128; }
-  // A group's weights of a tile's keys. Where these are not in use, its warps' maxima or sums.
-  FLASHCORE_HD constexpr int weights_bytes() const { return rows() * 128; }
-  // Barriers, which boxes are absent, the block's part.
-  static constexpr int control_bytes = groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + 64;
-  FLASHCORE_HD constexpr int reference_bytes() const { return groups * rows() * 4; }
-  // A group's output in float32, in its slots' place when these have been read. Rows are 4 floats longer than they
-  // need, so that the lanes of a warp, which hold pairs of rows, write to different banks.
-  FLASHCORE_HD constexpr int merge_stride() const { return panels() * 64 + 4; }
-  FLASHCORE_HD constexpr int merge_bytes() const { return rows() * merge_stride() * 4; }
-
-  // What comes before the stages. What a cluster's blocks send lies behind the last group's output.
-  FLASHCORE_HD constexpr int head_bytes() const {
-    return (q_bytes() + groups * weights_bytes() + control_bytes + reference_bytes() + 1023) / 1024 * 1024;
-  }
-  FLASHCORE_HD constexpr int shared_memory(int stages, int cluster_rows) const {
-    int const last_group = stages * stage_bytes() / groups * (groups - 1);
-    return head_bytes() + max_of(stages * stage_bytes(), last_group + merge_bytes() + received_bytes(cluster_rows));
-  }
-  FLASHCORE_HD constexpr int stages_of(int shared_memory, int /*cluster_rows*/) const {
-    return min_of((shared_memory - head_bytes()) / stage_bytes(), most_stages);
+    return min_of((shared_memory - head_bytes() - tail_bytes(cluster_rows)) / stage_bytes(), most_stages);
   }
 };
 

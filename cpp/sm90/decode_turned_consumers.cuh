@@ -1,13 +1,95 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of sm90_decode_turned that multiply what has come, a group of four each 16 keys of every other tile, and
-// make one result of theirs.
+// The warps of sm90_decode_turned that multiply what has come: a group of four each 16 keys of every other tile.
 #pragma once
 
-#include "sm90/decode_finish.cuh"
-#include "sm90/decode_inputs.cuh"
-#include "sm90/decode_turned_config.cuh"
+#include "sm90/decode_turned_block.cuh"
 
 namespace flashcore::sm90 {
+
+// Before the kernel ahead has ended: asks for the block's first tiles and for its queries to be brought into the L2
+// cache, which all kernels share. What is read of the page table may be about to change; then what is brought is of no
+// use.
+template <class Config>
+__device__ __forceinline__ void prefetch(TurnedArguments const& a) {
+  using Element = typename Config::Element;
+  sm80::DecodeParams const& p = a.p;
+  TurnedPart const part = turned_part<Config>(a);
+  int const thread = threadIdx.x;
+  auto const line = [](auto const& rows, int64_t at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<Element const*>(rows.data) + at));
+  };
+  if (thread == 0 && p.cache_seqlens != nullptr)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.cache_seqlens + part.sequence));
+  if (thread < part.valid_rows) {
+    int64_t const at = row_offset(p.q, part.sequence, row_place(a, part, thread));
+    for (int column = 0; column < p.head_dim; column += 64) line(p.q, at + column);
+  }
+  static_assert(Config::consumers >= 2 * Config::tile_k);
+  if (p.window_left < unlimited || thread >= 2 * Config::tile_k) return;  // where a window begins is not known
+  Rows<void const*> const& rows = thread < Config::tile_k ? p.k : p.v;
+#pragma unroll 1
+  for (int i = 0; i < a.prefetched; ++i) {
+    int const key = (part.first + i * part.step) * Config::tile_k + thread % Config::tile_k;
+    if (key >= p.seqlen_k) break;
+    int block = part.sequence, row = key;
+    if (p.page_table != nullptr) {
+      int const* const entry = p.page_table + part.sequence * p.page_table_stride + (key >> a.log_page);
+      asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(block) : "l"(entry));  // not into the L1 cache
+      if (block < 0 || block >= p.pages) continue;
+      row = key & (p.page_size - 1);
+    }
+    int64_t const at = block * rows.batch_stride + row * rows.row_stride + part.head * rows.head_stride;
+    for (int column = 0; column < p.head_dim; column += 64) line(rows, at + column);
+  }
+}
+
+// The queries of the block's part, to shared memory; and the new tokens into the cache. Waits for the kernel ahead and
+// until the part is known. The caller waits for the other consumers.
+template <class Config>
+__device__ __forceinline__ void bring_queries(TurnedArguments const& a, TurnedMemory<Config> const& shared) {
+  using Element = typename Config::Element;
+  constexpr int chunks = Config::head_dim / 8, consumers = Config::consumers;
+  sm80::DecodeParams const& p = a.p;
+  TurnedPart const part = turned_part<Config>(a);
+  wait_for_prerequisites();
+  // They are asked for before the keys, too.
+  uint32_t const shared_q = shared_address(shared.queries());
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Config::rows * chunks; i += consumers) {
+    int const row = i / chunks, chunk = i % chunks;
+    Element const* const source =
+        static_cast<Element const*>(p.q.data) + row_offset(p.q, part.sequence, row_place(a, part, row)) + chunk * 8;
+    sm80::copy_async(shared_q + panel_offset<Config::rows>(row, chunk), source,
+                     row < part.valid_rows && chunk * 8 < p.head_dim);
+  }
+  sm80::copy_commit();
+  wait_for_producers<Config>();
+  if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
+  sm80::copy_wait_all();
+}
+
+// Puts rows that TMA has not brought in place of what it has: of the warp's 16 keys, from row `tile_row` of the tile
+// on, the `first`-th of the sequence first, those behind the cached ones are new tokens, and what is behind these, of
+// values, is cleared.
+template <class Config>
+__device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void const*> const& appended, bool clears,
+                                      char* tile, int tile_row, TurnedPart const& part, int first, int lane) {
+  using Element = typename Config::Element;
+  constexpr int chunks = Config::head_dim / 8;
+  int const begin = clamp_to(part.cached - first, 0, Config::warp_keys);
+  int const end = clamp_to(part.keys - first, 0, Config::warp_keys);
+#pragma unroll 1
+  for (int i = begin * chunks + lane; i < (clears ? Config::warp_keys : end) * chunks; i += 32) {
+    int const row = i / chunks, chunk = i % chunks;
+    uint4 x{0, 0, 0, 0};
+    if (row < end && chunk * 8 < p.head_dim) {
+      x = __ldg(reinterpret_cast<uint4 const*>(
+          static_cast<Element const*>(appended.data) + part.sequence * appended.batch_stride +
+          (first - part.cached + row) * appended.row_stride + part.head * appended.head_stride + chunk * 8));
+    }
+    *reinterpret_cast<uint4*>(tile + panel_offset<Config::tile_k>(tile_row + row, chunk)) = x;
+  }
+}
 
 // The consumers of a group meet; group_any says whether `x` is true for any of them. (The number of a barrier is part
 // of the instruction.)
@@ -39,10 +121,10 @@ __device__ __forceinline__ bool group_any(int group, bool x) {
 // `begins`: the tile is the group's first, and the references are its largest scores.
 // All consumers of a group come here together.
 template <class Config>
-__device__ __forceinline__ void raise_references(typename Config::Memory const& shared, typename Config::Work& work,
+__device__ __forceinline__ void raise_references(TurnedMemory<Config> const& shared, TurnedWork<Config>& work,
                                                  float const (&s)[Config::rows / 2], float factor, bool begins,
                                                  int warp, int lane) {
-  constexpr int rows_held = Config::Work::rows_held;
+  constexpr int rows_held = TurnedWork<Config>::rows_held;
   int const group = warp / Config::key_warps;
   float* const states = shared.states(group);  // nobody reads the weights now
 #pragma unroll
@@ -51,14 +133,14 @@ __device__ __forceinline__ void raise_references(typename Config::Memory const& 
     float most = fmaxf(s[x], s[x + 2]) * factor;
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
-    if (lane < 4) states[warp % Config::key_warps * Config::rows + Config::Work::row(r, lane)] = most;
+    if (lane < 4) states[warp % Config::key_warps * Config::rows + TurnedWork<Config>::row(r, lane)] = most;
   }
   group_sync<Config>(group);
   float ratio[rows_held], raised[rows_held];
 #pragma unroll
   for (int r = 0; r < rows_held; ++r) {
-    int const row = Config::Work::row(r, lane);
-    float const before = begins ? Config::Work::no_reference : shared.references(group)[row];
+    int const row = TurnedWork<Config>::row(r, lane);
+    float const before = begins ? TurnedWork<Config>::no_reference : shared.references(group)[row];
     float reference = before;
 #pragma unroll
     for (int w = 0; w < Config::key_warps; ++w) {
@@ -71,7 +153,7 @@ __device__ __forceinline__ void raise_references(typename Config::Memory const& 
   group_sync<Config>(group);  // all have read both
   if (warp % Config::key_warps == 0 && lane < 4) {
 #pragma unroll
-    for (int r = 0; r < rows_held; ++r) shared.references(group)[Config::Work::row(r, lane)] = raised[r];
+    for (int r = 0; r < rows_held; ++r) shared.references(group)[TurnedWork<Config>::row(r, lane)] = raised[r];
   }
   group_sync<Config>(group);
 #pragma unroll
@@ -82,14 +164,14 @@ __device__ __forceinline__ void raise_references(typename Config::Memory const& 
 }
 
 template <class Config>
-__device__ __forceinline__ void consume(DecodeArguments const& a, typename Config::Memory const& shared,
-                                        typename Config::Work& work, int warp, int lane) {
+__device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<Config> const& shared,
+                                        TurnedWork<Config>& work, int warp, int lane) {
   using Element = typename Config::Element;
   constexpr int rows = Config::rows;
   sm80::DecodeParams const& p = a.p;
-  DecodePart const& part = shared.part();
+  TurnedPart const& part = shared.part();
 
-  if (!bring_queries<Config>(a, shared, [](int row, int chunk) { return panel_offset<rows>(row, chunk); })) return;
+  bring_queries<Config>(a, shared);
   if (threadIdx.x < Config::groups * rows) shared.references(0)[threadIdx.x] = 0.0f;
   cutlass::arch::fence_view_async_shared();
   consumers_sync(Config::consumers);  // the queries are here, for the products, too
@@ -97,17 +179,16 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
   // The groups take the tiles in turn. Of a tile, this warp's first key:
   int const group = warp / Config::key_warps, tile_key = warp % Config::key_warps * Config::warp_keys;
   float const factor = p.score.factor;
-  RingPlace place;
+  StagePlace place;
   int const count = part.count;
   auto const release = [&] {
     __syncwarp();  // all lanes are done with it
-    if (lane == 0) shared.empty(group)[place.number].arrive();
+    if (lane == 0) shared.empty(group)[place.stage].arrive();
     place.advance(shared.slots());
   };
   auto const patch_with = [&](Rows<void const*> const& appended, bool clears, char* tile, int first, bool here) {
     if (here && first + Config::warp_keys > part.cached) {
-      patch<Config>(p, appended, clears, part, first, lane,
-                    [&](int row, int chunk) { return tile + panel_offset<Config::tile_k>(tile_key + row, chunk); });
+      patch<Config>(p, appended, clears, tile, tile_key, part, first, lane);
     }
     cutlass::arch::fence_view_async_shared();  // the products read it, and TMA writes there again
     group_sync<Config>(group);
@@ -125,16 +206,16 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
 #pragma unroll 1
   for (int i = group; i < count; i += Config::groups) {
     int const turn = i / Config::groups, tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
-    shared.full(group)[place.number].wait(place.phase);
+    shared.full(group)[place.stage].wait(place.phase);
     bool const here = p.page_table == nullptr ||
-                      (shared.absent(group)[place.number] >> ((tile_key >> a.log_box) * a.column_boxes) & 1) == 0;
+                      (shared.absent(group)[place.stage] >> ((tile_key >> a.log_box) * a.column_boxes) & 1) == 0;
     bool const has_edge = (tile + 1) * Config::tile_k > part.cached;
-    if (has_edge && p.new_tokens > 0) patch_with(p.new_k, false, shared.slot(group, place.number), first, here);
+    if (has_edge && p.new_tokens > 0) patch_with(p.new_k, false, shared.slot(group, place.stage), first, here);
 
     float s[rows / 2];
     hold(s);
     cute::warpgroup_arrive();
-    uint64_t const keys = behind(slots, place.number * Config::kv_bytes);
+    uint64_t const keys = behind(slots, place.stage * Config::kv_bytes);
 #pragma unroll
     for (int d = 0; d < Config::head_dim / 16; ++d) {
       int const panel = d / 4, right = d % 4 * 32;
@@ -157,8 +238,8 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
       Mask const mask = cache_mask(p, part.keys);
       int const key = first + lane / 4;
 #pragma unroll
-      for (int r = 0; r < Config::Work::rows_held; ++r) {
-        int const token = a.group.quotient(part.first_row + Config::Work::row(r, lane));
+      for (int r = 0; r < TurnedWork<Config>::rows_held; ++r) {
+        int const token = a.group.quotient(part.first_row + TurnedWork<Config>::row(r, lane));
         int const first_key = mask.first_key(token), end_key = here ? mask.end_key(token) : first_key;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -170,7 +251,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
 
     // The weights, by references that are as they were, 0 at first, unless a weight would exceed what there is room
     // for, or the first tile has some that are too small.
-    float sum[Config::Work::rows_held];
+    float sum[TurnedWork<Config>::rows_held];
     auto const weigh = [&] {
       float most = minus_infinity(), least = 0.0f;
       constexpr int at_once = min_of(rows, 16), eights = at_once / 8;  // rows whose weights one instruction stores
@@ -181,7 +262,7 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
         for (int h = 0; h < eights; ++h) {
           int const held = 4 * j + 2 * h;
           float2 const reference =
-              *reinterpret_cast<float2 const*>(shared.references(group) + Config::Work::row(held, lane));
+              *reinterpret_cast<float2 const*>(shared.references(group) + TurnedWork<Config>::row(held, lane));
 #pragma unroll
           for (int x = 0; x < 4; ++x) {
             float const power = s[8 * j + 4 * h + x] * factor - (x % 2 == 0 ? reference.x : reference.y);
@@ -216,11 +297,11 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
       group_sync<Config>(group);
     }
 #pragma unroll
-    for (int r = 0; r < Config::Work::rows_held; ++r) work.sum[r] += sum[r];
+    for (int r = 0; r < TurnedWork<Config>::rows_held; ++r) work.sum[r] += sum[r];
 
-    shared.full(group)[place.number].wait(place.phase);
-    if (has_edge) patch_with(p.new_v, true, shared.slot(group, place.number), first, here);
-    uint64_t const values = behind(slots, place.number * Config::kv_bytes);
+    shared.full(group)[place.stage].wait(place.phase);
+    if (has_edge) patch_with(p.new_v, true, shared.slot(group, place.stage), first, here);
+    uint64_t const values = behind(slots, place.stage * Config::kv_bytes);
 #pragma unroll
     for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
     cute::warpgroup_arrive();
@@ -248,74 +329,6 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, typename Confi
     shared.full(group)[0].wait(0);
     shared.full(group)[1].wait(0);
   }
-}
-
-// The end of a part: the groups' results become the block's.
-template <class Config>
-__device__ __forceinline__ void finish(DecodeArguments const& a, typename Config::Memory const& shared,
-                                       typename Config::Work& work, int warp, int lane, bool acts) {
-  constexpr int key_warps = Config::key_warps, groups = Config::groups, merge_stride = Config::tile.merge_stride();
-  DecodePart const& part = shared.part();
-  auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-
-  // Outputs, and sums of the warps' keys, as they are: each group's warps have read its slots and its weights.
-  int const group = warp / key_warps % groups, key_warp = warp % key_warps;
-  uint32_t const sums = shared_address(shared.states(group) + key_warp);
-  uint32_t const outputs = shared_address(shared.outputs(group) + key_warp * 16 + lane / 4);
-#pragma unroll
-  for (int r = 0; r < Config::Work::rows_held; ++r) {
-    if (r / 2 * 8 >= part.valid_rows) continue;
-    int const row = Config::Work::row(r, lane), x = r / 2 * 4 + r % 2;
-    float sum = work.sum[r];
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    store_shared(acts && lane < 4, sums + row * key_warps * 4, sum);
-#pragma unroll
-    for (int m = 0; m < Config::panels; ++m) {
-      store_shared(acts, outputs + (row * merge_stride + m * 64) * 4, work.o[m][x]);
-      store_shared(acts, outputs + (row * merge_stride + m * 64 + 8) * 4, work.o[m][x + 2]);
-    }
-  }
-  if (acts) consumers_sync(Config::consumers);
-  if (acts && a.log_cluster > 0) cluster_wait_acquire();  // all blocks have read their slots, and may be sent to
-
-  // A thread has four columns of a row, of both groups.
-  constexpr int row_pieces = Config::head_dim / 4;
-#pragma unroll 1
-  for (int i = threadIdx.x % Config::consumers; i < part.valid_rows * row_pieces; i += Config::consumers) {
-    int const row = i / row_pieces, piece = i % row_pieces;
-    float reference[groups], sum[groups], top = Config::Work::no_reference, total = 0.0f;
-    float4 x[groups];
-#pragma unroll
-    for (int g = 0; g < groups; ++g) {
-      static_assert(key_warps == 4);
-      float4 const of_warps = read(reinterpret_cast<float4 const*>(shared.states(g) + row * key_warps));
-      x[g] = read(reinterpret_cast<float4 const*>(shared.outputs(g) + row * merge_stride + piece * 4));
-      sum[g] = (of_warps.x + of_warps.y) + (of_warps.z + of_warps.w);
-      reference[g] = sum[g] == 0.0f ? Config::Work::no_reference : read(shared.references(g) + row);
-      top = fmaxf(top, reference[g]);
-    }
-#pragma unroll
-    for (int g = 0; g < groups; ++g) {
-      reference[g] = exp2_of(reference[g] - top);  // the group's weight
-      total += reference[g] * sum[g];
-    }
-    float const inverse = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
-    float4 all{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int g = 0; g < groups; ++g) {
-      float const weight = reference[g] * inverse;
-      all.x += weight * x[g].x, all.y += weight * x[g].y, all.z += weight * x[g].z, all.w += weight * x[g].w;
-    }
-    hand_over<Config>(a, shared, row, piece * 4, all, acts);
-    float const lse = total == 0.0f ? minus_infinity() : (top + log2_of(total)) * ln_2;
-    if (a.log_cluster > 0) {
-      if (piece < 1 << a.log_cluster) send_lse<Config>(a, shared, row, lse, piece, acts);
-    } else if (piece == 0) {
-      write_lse(a, part, row, lse, acts);
-    }
-  }
-  if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
 }
 
 }  // namespace flashcore::sm90

@@ -1,14 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a block of sm90_decode_turned has of its own: its shared memory, the rings that its producers fill, and what its
-// consumers have in registers.
+// What a block of sm90_decode_turned is made of: its arguments, its part of the work, its shared memory, the rings that
+// its producers fill, and what its consumers have in registers. (Instructions are those of sm90_decode.)
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "sm90/decode_block.cuh"
+#include "sm90/decode_turned_tile.h"
 #include "sm90/tensor_core.h"
 
 namespace flashcore::sm90 {
+
+// The blocks' parts are known without the lengths: of each item as many, which take its tiles in turn.
+struct TurnedArguments {
+  CUtensorMap k, v;  // boxes of box_rows keys, 64 columns or all
+  sm80::DecodeParams p;
+  DecodeParts parts;
+  Divisor group, row_tiles, even;  // of p; parts of each item
+  int log_box;                     // of box_rows: 64, or a page's where that is less
+  int log_page;                    // of p.page_size
+  int column_boxes;                // that bring a key's columns
+  int log_cluster;                 // of the blocks that share a part and merge it
+  int prefetched;                  // tiles of a block that come to the L2 cache while the kernel ahead still runs
+};
+
+// The item that a block works on, and which of its tiles: first, first + step, ...
+struct alignas(16) TurnedPart {
+  int sequence, head;  // of the keys
+  int first_row, valid_rows;
+  int cached, keys;  // of the sequence in the cache, and with the new ones
+  int first, count, step;
+  int full_begin, full_end;  // tiles that all queries see whole
+  int slot;                  // of the result; -1: the output itself
+  int ahead;                 // groups whose first tile was asked for before the length was known
+};
+static_assert(sizeof(TurnedPart) <= 64);
+
+// What the lengths do not say: of a part, the item, its first tile unless a window leaves some out, and the step.
+template <class Config>
+__device__ __forceinline__ TurnedPart turned_part(TurnedArguments const& a) {
+  int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
+  int const item = a.even.quotient(number), index = number - item * a.even.divisor;
+  TurnedPart part{};
+  part.sequence = a.parts.lines.quotient(item);
+  int const line = item - part.sequence * a.parts.lines.divisor;
+  part.head = a.row_tiles.quotient(line);
+  part.first_row = (line - part.head * a.row_tiles.divisor) * Config::rows;
+  part.valid_rows = min_of(Config::rows, a.p.rows - part.first_row);
+  part.first = index << a.log_cluster | rank;
+  part.step = a.even.divisor << a.log_cluster;
+  part.slot = a.even.divisor == 1 ? -1 : number;
+  return part;
+}
+
+__device__ __forceinline__ RowPlace row_place(TurnedArguments const& a, TurnedPart const& part, int row) {
+  int const token = a.group.quotient(part.first_row + row);
+  return {token, part.head * a.group.divisor + part.first_row + row - token * a.group.divisor};
+}
+
+__device__ __forceinline__ void store_float(bool acts, uint32_t to, float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(to), "f"(x),
+               "r"(int{acts})
+               : "memory");
+}
+
+// --- barriers of warps -----------------------------------------------------------------------------------------------
+
+// Each producer says that its mbarriers are set up, and the first one when the part is known, too; the consumers wait
+// for that.
+template <class Config>
+__device__ __forceinline__ void tell_consumers() {
+  asm volatile("barrier.cta.arrive.aligned 2, %0;" ::"n"(Config::threads) : "memory");
+}
+template <class Config>
+__device__ __forceinline__ void wait_for_producers() {
+  asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
+}
+// The other producers know the part by themselves. In shared memory they look at it when they have asked for all tiles.
+template <class Config>
+__device__ __forceinline__ void tell_producers() {
+  asm volatile("barrier.cta.arrive.aligned 3, %0;" ::"n"(32 * Config::groups) : "memory");
+}
+template <class Config>
+__device__ __forceinline__ void wait_as_producer() {
+  asm volatile("barrier.cta.sync.aligned 3, %0;" ::"n"(32 * Config::groups) : "memory");
+}
+
+// --- shared memory ---------------------------------------------------------------------------------------------------
 
 // A tile of keys or values, or of the block's queries, lies in shared memory as tensor_core.h has it: panels of 64
 // columns. Where a row's 16-byte chunk lies in a tile of `rows` rows:
@@ -20,7 +98,7 @@ __device__ __forceinline__ int panel_offset(int row, int chunk) {
 template <class Config>
 struct TurnedMemory {
   static constexpr TurnedDecodeTile tile = Config::tile;
-  static constexpr int groups = Config::groups, most_stages = HopperTile::most_stages;
+  static constexpr int groups = Config::groups, most_stages = TurnedDecodeTile::most_stages;
   char* base;
   int stages;
 
@@ -39,7 +117,7 @@ struct TurnedMemory {
   // A group's products with its weights have ended.
   __device__ __forceinline__ DecodeBarrier& weights_read(int group) const { return full(2 * groups)[group]; }
   __device__ __forceinline__ DecodeBarrier* received_all() const { return full(2 * groups) + groups; }
-  __device__ __forceinline__ DecodePart& part() const { return *reinterpret_cast<DecodePart*>(received_all() + 2); }
+  __device__ __forceinline__ TurnedPart& part() const { return *reinterpret_cast<TurnedPart*>(received_all() + 2); }
   // Where there are pages, a bit for each box of a slot's keys whose page does not exist.
   __device__ __forceinline__ uint32_t* absent(int group) const {
     return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64) + group * most_stages;
@@ -67,12 +145,14 @@ struct TurnedMemory {
 // it: boxes of fewer keys than a tile has do not lie there with all columns.
 template <class Config>
 struct TurnedRing {
-  DecodeArguments const& a;
+  static constexpr uint64_t read_once = 0x12f0000000000000;  // TMA tells the L2 cache that nobody reads it again
+
+  TurnedArguments const& a;
   TurnedMemory<Config> const& shared;
   int group, lane, lane_box, lane_panel;
-  RingPlace place;
+  StagePlace place;
 
-  __device__ __forceinline__ TurnedRing(DecodeArguments const& a, TurnedMemory<Config> const& shared, int group,
+  __device__ __forceinline__ TurnedRing(TurnedArguments const& a, TurnedMemory<Config> const& shared, int group,
                                         int lane)
       : a(a),
         shared(shared),
@@ -112,16 +192,16 @@ struct TurnedRing {
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       bool const keys = i == 0;
-      DecodeBarrier& full = shared.full(group)[place.number];
-      if (acts) shared.empty(group)[place.number].wait(place.phase ^ 1);
+      DecodeBarrier& full = shared.full(group)[place.stage];
+      if (acts) shared.empty(group)[place.stage].wait(place.phase ^ 1);
       if (acts && lane == 0) {
-        if (keys && a.p.page_table != nullptr) shared.absent(group)[place.number] = absent;
+        if (keys && a.p.page_table != nullptr) shared.absent(group)[place.stage] = absent;
         full.arrive_and_expect_tx(Config::kv_bytes);
       }
       __syncwarp();
       if (acts && has_box) {
         char* const to =
-            shared.slot(group, place.number) + (lane_panel * Config::tile_k + (lane_box << a.log_box)) * row_bytes;
+            shared.slot(group, place.stage) + (lane_panel * Config::tile_k + (lane_box << a.log_box)) * row_bytes;
         cute::SM90_TMA_LOAD_5D::copy(keys ? &a.k : &a.v, reinterpret_cast<uint64_t*>(&full), read_once, to,
                                      lane_panel * panel_columns, row, 0, head, at);
       }
@@ -159,9 +239,9 @@ struct TurnedConfig {
   static constexpr TurnedDecodeTile tile{head_dim_, rows_};
   static constexpr int head_dim = head_dim_;
   static constexpr int rows = tile.rows(), warps = tile.warps(), consumers = 32 * warps, threads = tile.threads();
-  static constexpr int groups = TurnedDecodeTile::groups, producers = groups, group_threads = consumers / groups;
+  static constexpr int groups = TurnedDecodeTile::groups, group_threads = consumers / groups;
   static constexpr int tile_k = DecodeParts::tile_k;
-  static constexpr int key_warps = HopperTile::key_warps, warp_keys = HopperTile::warp_keys;
+  static constexpr int key_warps = TurnedDecodeTile::key_warps, warp_keys = TurnedDecodeTile::warp_keys;
   static_assert(tile_k == key_warps * warp_keys && tile_k == 64 && head_dim % 64 == 0);
 
   static constexpr int panels = tile.panels(), kv_bytes = tile.kv_bytes();
@@ -170,8 +250,6 @@ struct TurnedConfig {
   static constexpr float slack = std::is_same_v<Element, __half> ? 14.0f : 40.0f;
   // And of the least of a group's first tile, by which references may begin as 0.
   static constexpr float least = std::is_same_v<Element, __half> ? -4.0f : -40.0f;
-  // Whether a box of so many keys may lie in shared memory with all columns.
-  static constexpr bool holds_whole_boxes(int box_rows) { return box_rows == tile_k; }
 
   using Memory = TurnedMemory<TurnedConfig>;
   using Ring = TurnedRing<TurnedConfig>;
