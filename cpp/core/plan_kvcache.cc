@@ -279,10 +279,16 @@ std::optional<Plan> plan_turned(const KvCacheProblem& problem, const DevicePrope
   return plan;
 }
 
-// Whether that is the faster kernel. H100, XX
+// Whether that is the faster kernel. H100, one sequence, 8 key heads, us, straight / turned, rows x head dimension:
+// 512 keys 4 x 64 3.5 / 3.4, 16 x 64 4.13 / 4.22, 16 x 128 4.67 / 4.66, 32 x 64 4.7 / 5.4, 32 x 128 6.1 / 6.6; 1,024 4
+// x 128 4.5 / 4.1, 16 x 64 4.6 / 4.5, 32 x 64 5.3 / 5.7, 32 x 128 6.8 / 6.9; 2,048 32 x 64 6.7 / 6.6, 32 x 128 8.5
+// / 8.2; 32,768 4 x 64 37 / 27, 4 x 128 46.8 / 45.2, 32 x 128 56.3 / 48.5. Two of 8,192: 4 x 128 30.4 / 29.9, 32 x
+// 64 19.4 / 18.6, but 32 x 128 31.2 / 32.3.
 bool turned_is_faster(const KvCacheProblem& problem, const Plan& turned) {
   Sizes const s = sizes(problem);
-  return turned.tile_q <= 8 || (s.batch == 1 && s.seqlen_k >= 2048);
+  int64_t const least_keys = turned.tile_q <= 8 ? 0 : turned.tile_q <= 16 ? 1024 : 2048;
+  bool const one_of_two_blocks = turned.tile_q > 16 && turned.head_dim > 64;  // sm90_decode has one a multiprocessor
+  return s.seqlen_k >= least_keys && (s.batch == 1 || !one_of_two_blocks);
 }
 
 // FLASHCORE_SM90_DECODE: "turned", wherever that can run, or "straight"; else plan() chooses.
