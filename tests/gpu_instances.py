@@ -166,23 +166,37 @@ def varlen(backend: str) -> None:
 
 # Tokens, heads_q, heads_k: one slice of rows, two, and several tiles of them; on Hopper parts and clusters.
 DECODED = ((1, 4, 2), (3, 16, 2), (5, 22, 2), (1, 16, 8), (8, 32, 8))
+# The kernel with turned products: tiles of 8, 16 and 32 rows, parts that a kernel merges, and clusters.
+TURNED = ((1, 4, 2), (1, 16, 8), (4, 16, 4), (4, 32, 8), (3, 16, 2), (8, 32, 8))
 
 
-def decode(machines, kernel: str = "straight") -> set[str]:
+def decode(machines) -> set[str]:
     """Sequences of all kinds of lengths and single ones, whole and divided among blocks, contiguous and in pages, with
     new tokens, on each machine's kernel."""
-    os.environ["FLASHCORE_SM90_DECODE"] = kernel
+    os.environ["FLASHCORE_SM90_DECODE"] = "straight"
     ran = set()
     case = 0
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS + PADDED:
-            if kernel == "turned" and not 64 < head_dim <= 128:  # its tiles' columns
-                continue
             for tokens, *heads in DECODED if head_dim in HEAD_DIMS else DECODED[:1]:
                 for lengths in ([700, 0, 64, 2999, 1], [1700]):
                     case += 1
                     for backend in machines:
                         ran.add(decode_once(dtype, head_dim, tokens, tuple(heads), lengths, case, backend))
+    return ran
+
+
+def turned() -> set[str]:
+    """The same for sm90's kernel with turned products, which takes a single sequence, or a few."""
+    os.environ["FLASHCORE_SM90_DECODE"] = "turned"
+    ran = set()
+    case = 0
+    for dtype in DTYPES:
+        for head_dim in (d for d in HEAD_DIMS + PADDED if d <= 128):
+            for tokens, *heads in TURNED if head_dim in (64, 128) else TURNED[:2]:
+                for lengths in ([1700], [30]) if heads[1] < 8 else ([1700], [700, 64]):
+                    case += 1
+                    ran.add(decode_once(dtype, head_dim, tokens, tuple(heads), lengths, case, "sm90"))
     return ran
 
 
@@ -194,7 +208,8 @@ def decode_once(
     decoding = make_decoding(cpu, lengths, tokens, heads, head_dim, dtype, new=new, page_size=page_size, seed=case)
     given = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in decoding.keywords().items()}
     arrays = [x.cuda() for x in (decoding.query, decoding.key_cache, decoding.value_cache, decoding.seqlens())]
-    given.update(options.keywords(), batch_invariant=case % 5 == 0, backend=backend)
+    invariant = case % 5 == 0 and os.environ["FLASHCORE_SM90_DECODE"] != "turned"  # which is not for that
+    given.update(options.keywords(), batch_invariant=invariant, backend=backend)
     out, lse = flashcore.attention_kvcache(*arrays, return_lse=True, **given)
     what = f"decode {backend} {dtype} {head_dim} {tokens} {heads} {lengths} {options}"
     decoding.check(out.cpu(), lse.cpu(), options, what)
@@ -238,7 +253,7 @@ if __name__ == "__main__":
     named = [part for part in parts if part in machines] or machines
     alone = {"combine": combine, "decode": lambda: decode(named)}
     if "sm90" in machines:
-        alone.update(turned=lambda: decode(["sm90"], "turned"), small=small)
+        alone.update(turned=turned, small=small)
     ran = set()
     for part in parts or [*alone, *machines]:
         if part in alone:
