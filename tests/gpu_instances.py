@@ -5,8 +5,9 @@ test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that r
     python tests/gpu_instances.py [PART ...]
 
 A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all), "turned" (sm90's
-other kernel for that) or "small" (with the stream kernel). Without parts: all that the GPU has. A part can also be a dtype or a head dimension: then the
-forward kernels' and decode's others are left out (for compute-sanitizer, under which all of them take minutes)."""
+other kernel for that) or "small" (with the stream kernel). Without parts: all that the GPU has. A part can also be a
+dtype or a head dimension: then the forward kernels' and decode's others are left out (for compute-sanitizer, under
+which all of them take minutes)."""
 
 from __future__ import annotations
 
