@@ -95,26 +95,24 @@ __device__ __forceinline__ void patch(sm80::DecodeParams const& p, Rows<void con
 // of the instruction.)
 template <class Config, int g = 0>
 __device__ __forceinline__ void group_sync(int group) {
-  if (g + 1 == Config::groups || group == g) {
-    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"n"(6 + g), "n"(Config::group_threads) : "memory");
-  } else if constexpr (g + 1 < Config::groups) {
-    group_sync<Config, g + 1>(group);
+  if constexpr (g + 1 < Config::groups) {
+    if (group != g) return group_sync<Config, g + 1>(group);
   }
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"n"(4 + g), "n"(Config::group_threads) : "memory");
 }
 template <class Config, int g = 0>
 __device__ __forceinline__ bool group_any(int group, bool x) {
-  if (g + 1 == Config::groups || group == g) {
-    int any;
-    asm volatile(
-        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, %2, %3, p;\n"
-        "selp.b32 %0, 1, 0, q;\n}"
-        : "=r"(any)
-        : "r"(int{x}), "n"(6 + g), "n"(Config::group_threads)
-        : "memory");
-    return any != 0;
-  } else if constexpr (g + 1 < Config::groups) {
-    return group_any<Config, g + 1>(group, x);
+  if constexpr (g + 1 < Config::groups) {
+    if (group != g) return group_any<Config, g + 1>(group, x);
   }
+  int any;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, %2, %3, p;\n"
+      "selp.b32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(int{x}), "n"(4 + g), "n"(Config::group_threads)
+      : "memory");
+  return any != 0;
 }
 
 // Raises the rows' references to the largest of a tile's scores, and multiplies sums and output by what that changes.
