@@ -271,6 +271,40 @@ def test_batch_invariance(arrays, page_size, tokens):
     assert arrays.same_bits(room.call(**options)[0], more.call(**options)[0])
 
 
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("heads, head_dim", [((32, 8), 128), ((16, 4), 64), ((4, 2), 256)])
+def test_batch_invariance_of_many(arrays, heads, head_dim, page_size):
+    """The larger the batch, the fewer blocks a sequence has, on Hopper: none of the bits changes."""
+    lengths = [0, 1000, 64, 1, 513, 300, 999, 128] * (4 if arrays.on_gpu else 1)
+    given = [Options(causal=True), Options(window=(200, 0)), Options(causal=True, softcap=3.0)]
+    for i, options in enumerate(given):
+        tokens = (1, 4, 2)[i]
+        batch = make(
+            arrays, lengths, tokens, heads, head_dim, new=2 * i, page_size=page_size, capacity=1024, seed=61 + i
+        )
+        inputs = [arrays.copy(a) for a in (batch.key_cache, batch.value_cache)]
+        out, lse = batch.call(**options.keywords(), batch_invariant=True)
+        batch.check(out, lse, options)
+        for count in (1, 2, 4, 8, 16):
+            chosen = list(range(count, min(2 * count, len(lengths))))
+            rows = slice(None) if page_size else chosen
+            new = {"key": batch.key[chosen], "value": batch.value[chosen]} if i else {}
+            part = flashcore.attention_kvcache(
+                batch.query[chosen],
+                arrays.contiguous(inputs[0][rows]),
+                arrays.contiguous(inputs[1][rows]),
+                arrays.int32([lengths[b] for b in chosen]),
+                page_table=arrays.int32([batch.table[b] for b in chosen]) if page_size else None,
+                return_lse=True,
+                batch_invariant=True,
+                **new,
+                **options.keywords(),
+            )
+            for at, b in enumerate(chosen):
+                assert arrays.same_bits(part[0][at], out[b]), (count, b)
+                assert arrays.same_bits(part[1][at], lse[b]), (count, b)
+
+
 def test_equals_attention(arrays):
     """On equal lengths the answer of attention() within rounding."""
     for head_dim in (64, 128):
