@@ -317,7 +317,14 @@ def test_plan_of_prompts(device, gpu):
 
     assert kernel(1, 8192, keys=8192) == kernel(8, 64, keys=8192) == kernel(64, 100) == kernels[0]
     few = kernel(1, 17, keys=8192), kernel(64, 16), kernel(64, 20, heads_k=32)
-    assert set(few) == {kernels[1]} == {kernel(1, 8192, keys=8192, page_size=64)}
+    assert set(few) == {kernels[1]}
+    # Pages are brought together first, which takes as long as decoding some hundred rows.
+    assert kernel(1, 8192, keys=8192, page_size=64) == kernel(8, 256, keys=8192, page_size=16) == kernels[0]
+    assert kernel(1, 64, keys=8192, page_size=64) == kernel(8, 100, keys=8192, page_size=64) == kernels[1]
+    p = decode_plan(gpu, 8, 256, keys=8192, page_size=16)
+    assert p.workspace == 8 * 8192 * 8 * 128 * 2 * 2 and "brought together" in p.reason
+    assert kernel(64, 256, keys=32768, page_size=16) == kernels[1]  # 8 GiB
+    assert kernel(1, 8192, keys=8192, page_size=64, batch_invariant=True) == kernels[1]
     # The heads of a group share a tile on Hopper alone.
     assert kernel(64, 17) == kernels[gpu == "a100"]
     # A sequence's kernel must not depend on its neighbours, where that is asked for.

@@ -100,6 +100,17 @@ def test_prompts_are_appended(arrays):
         decoding.run(Options(causal=True))
 
 
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_prompts_over_pages(arrays, page_size):
+    """On a GPU the pages are brought together for the forward kernels."""
+    lengths, tokens = [150, 0, 700, 64, 149, 1, 333, 512], 200
+    for i, (head_dim, options) in enumerate(zip((64, 128, 72), OPTIONS, strict=False)):
+        decoding = make(
+            arrays, lengths, tokens, (16, 4), head_dim, new=200 * (i == 1), page_size=page_size, capacity=1024, seed=i
+        )
+        decoding.run(options, f"{options}")
+
+
 def test_long_capacity(arrays):
     """Much room for few keys: the grid is made for the room, the work is not."""
     make(arrays, [5, 0, 130], 1, (8, 2), 64, capacity=40000).run()

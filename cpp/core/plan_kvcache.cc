@@ -307,14 +307,25 @@ bool fills_tiles(const Plan& forward, const Sizes& s, bool batch_invariant, cons
   return s.seqlen_q * forward.packed_heads >= least_rows && tiles * part_of_units >= device.units;
 }
 
-// The forward kernel's plan for a prompt; none for a cache with pages, nor where a few tokens are decoded, as sequences
-// of uneven length are divided better by their keys.
+// A cache in pages is brought together first, in a workspace of at most so many bytes, which costs as much as decoding
+// about so many rows.
+constexpr int64_t most_gathered = int64_t{512} << 20, least_rows_over_pages = 768;
+
+// The forward kernel's plan for a prompt; none where a few tokens are decoded, as sequences of uneven length are
+// divided better by their keys.
 std::optional<Plan> plan_prompt(const KvCacheProblem& problem, const DeviceProperties& device) {
   constexpr int64_t most_decoded_tokens = 16;
   Sizes const s = sizes(problem);
-  if (problem.paged() || s.seqlen_k == 0 || s.seqlen_q <= most_decoded_tokens) return std::nullopt;
-  Plan const forward = plan_forward(forward_of(problem), device);
+  if (s.seqlen_k == 0 || s.batch == 0 || s.seqlen_q <= most_decoded_tokens) return std::nullopt;
+  double const bytes = 4.0 * static_cast<double>(s.batch * s.seqlen_k) * static_cast<double>(s.heads_k * s.head_dim);
+  // (batch_invariant, the kernel must not depend on how much all sequences need.)
+  bool const gathers = problem.paged();
+  if (gathers && (bytes > most_gathered || problem.batch_invariant || Work(s, 1).rows < least_rows_over_pages)) {
+    return std::nullopt;
+  }
+  Plan forward = plan_forward(forward_of(problem), device);
   if (!fills_tiles(forward, s, problem.batch_invariant, device)) return std::nullopt;
+  if (gathers) forward.workspace = static_cast<int64_t>(bytes);
   return forward;
 }
 
@@ -369,7 +380,10 @@ bool decodes(const Plan& plan) {
 
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan) {
   if (plan.backend == Backend::cpu) return explain(options_of(problem), device, plan);
-  if (!decodes(plan)) return explain(forward_of(problem), device, plan);
+  if (!decodes(plan)) {
+    std::string const pages = problem.paged() ? " The pages of the cache are brought together first." : "";
+    return explain(forward_of(problem), device, plan) + pages;
+  }
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
   int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(
