@@ -141,8 +141,11 @@ struct DecodePart {
 };
 static_assert(sizeof(DecodePart) <= 64);
 
-// The shares that a block computes.
-__device__ __forceinline__ int shares_of(DecodeArguments const& a) { return 1 << (a.log_shares - a.log_cluster); }
+// The shares that a block computes: of one slice of rows only, whose outputs fit a stage.
+template <class Config>
+__device__ __forceinline__ int shares_of(DecodeArguments const& a) {
+  return Config::slices > 1 ? 1 : 1 << (a.log_shares - a.log_cluster);
+}
 
 // The line (attention/decode_parts.h) of sequence `sequence`, but for lengths.
 template <class Config>

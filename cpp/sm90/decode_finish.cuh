@@ -94,7 +94,7 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
   float const factor = a.p.score.factor;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
   int const blocks = 1 << a.log_cluster, columns = head_dim >> a.log_cluster, rank = blockIdx.x & (blocks - 1);
-  bool const last = share == shares_of(a) - 1;
+  bool const last = share == shares_of<Config>(a) - 1;
   int const number = share << a.log_cluster | rank;  // among the part's shares
   uint32_t const received_all = shared_address(shared.received_all());
 

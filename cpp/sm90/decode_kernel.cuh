@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     if (a.log_cluster > 0) cluster_wait_acquire();
     return;
   }
-  int const shares = shares_of(a), first = shared.part().first;
+  int const shares = shares_of<Config>(a), first = shared.part().first;
 #pragma unroll 1
   for (int share = consumes ? 0 : shares - 1; share < shares; ++share) {
     if (consumes) consume<Config>(a, shared, work, place, first + (share << a.log_cluster), warp, lane);

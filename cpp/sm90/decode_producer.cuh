@@ -131,7 +131,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   if (part.sequence < 0) return;
 
 #pragma unroll 1
-  for (int shares = shares_of(a);;) {
+  for (int shares = shares_of<Config>(a);;) {
     // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
     int pages = -1;
     if (p.page_table != nullptr && !ahead) next_pages = pages_from(part, 0, part.keys);
