@@ -309,7 +309,7 @@ def test_plan_of_sequences_that_may_differ(device):
 
 @pytest.mark.parametrize("gpu", ["a100", "h100"])
 def test_plan_of_prompts(device, gpu):
-    """Queries that fill tiles take the forward kernel, but where the cache has pages."""
+    """Queries that fill tiles take the forward kernel; where the cache has pages, many do."""
     kernels = {"a100": ("sm80_forward", "sm80_decode"), "h100": ("sm90_forward", "sm90_decode")}[gpu]
 
     def kernel(*args, **options):
