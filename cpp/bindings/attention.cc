@@ -177,9 +177,9 @@ in the environment: then they are checked too, which synchronizes the stream.)";
 constexpr const char* kvcache_doc =
     R"(Attention of a few new queries a sequence over a cache of keys and values (decoding), or of a prompt's queries.
 
-Arrays are anything with __dlpack__; none is ever copied (but the pages of a prompt). Sequence b has cache_seqlens[b] keys in the cache, and behind
-them, where key and value are given, the new ones, which the call appends there in place; they take part. The queries
-are the last positions of these keys: causal lets the last one see them all.
+Arrays are anything with __dlpack__; none is ever copied (but the pages of a prompt's cache, see query). Sequence b has
+cache_seqlens[b] keys in the cache, and behind them, where key and value are given, the new ones, which the call appends
+there in place; they take part. The queries are the last positions of these keys: causal lets the last one see them all.
 
 query: (batch, tokens, heads_q, head_dim); dtypes, strides and head_dim as for flashcore.attention. 1 to 16 tokens read
     the cache once. A prompt's many run as fast as in flashcore.attention. Where the cache has pages, these are brought
