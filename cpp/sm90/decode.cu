@@ -73,7 +73,7 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   DecodeParams p{};
   static_cast<sm80::DecodeParams&>(p) = sm80::decode_params(params, plan, workspace);
   HopperDecodeTile const tile{plan.head_dim, plan.tile_q / 16};
-  p.stages = tile.stages_of(plan.shared_memory, plan.cluster > 1 ? p.part_rows : 0);
+  p.stages = tile.stages_of(plan.shared_memory, plan.shares > 1 ? p.part_rows * (plan.shares / plan.cluster) : 0);
   int const lines = p.heads_k * p.row_tiles, most = plan.even_parts == 0 ? plan.splits : 0;
   int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
   p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,

@@ -48,6 +48,8 @@ struct Plan {
   int64_t blocks = 0;         // of the grid, or tasks on the CPU
   int splits = 1;             // parts that the keys are divided into
   int cluster = 1;            // sm90_decode: blocks that share a part and merge it in shared memory
+  int shares = 1;             // sm90_decode: of a part, each computed by itself: `cluster`, or more, which its blocks
+                              // compute in turn
   int even_parts = 1;         // sm90_decode: parts of each sequence's keys where all are about as long; 0: a sequence's
                               // own length says, up to `splits`
   int heads_per_section = 1;  // (batch, head) pairs whose tiles are scheduled together, longest tile first
