@@ -4,11 +4,14 @@ present."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from arrays import Arrays, backends, devices, on, torch
@@ -57,6 +60,29 @@ def decode_kernel(request, device, monkeypatch) -> str:
             pytest.skip("a Hopper GPU's")
         monkeypatch.setenv("FLASHCORE_SM90_DECODE", request.param)
     return request.param
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of bench/, which are scripts and no package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    names = (
+        "accuracy",
+        "compare",
+        "host",
+        "ladder",
+        "model",
+        "overhead",
+        "plot",
+        "probes",
+        "providers",
+        "report",
+        "suites",
+        "timers",
+    )
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -1,61 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/compare.py refuses wrong results and measures right ones; bench/report.py keeps README to the result files."""
+"""bench/compare.py and bench/overhead.py refuse wrong results and measure right ones."""
 
 from __future__ import annotations
 
 import collections
-import importlib
 import json
 import math
-import pathlib
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+from bench_reports import PEAKS, probed, written
 
 import flashcore
 
 torch = pytest.importorskip("torch")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The modules of bench/, which are scripts and no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = (
-        "accuracy",
-        "compare",
-        "host",
-        "ladder",
-        "model",
-        "overhead",
-        "plot",
-        "probes",
-        "providers",
-        "report",
-        "suites",
-        "timers",
-    )
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-PEAKS = {"float32_tflops": 0.2, "bfloat16_tflops": 0.4, "read_tbytes_per_second": 0.02}
-
-
-def probed(bench, monkeypatch, *speeds):
-    """Makes the probe tell PEAKS times each of `speeds` in turn, and the last one from then on."""
-    left = list(speeds or (1.0,))
-
-    def probe():
-        speed = left.pop(0) if len(left) > 1 else left[0]
-        return {name: value * speed for name, value in PEAKS.items()}
-
-    monkeypatch.setattr(bench.compare, "probe_of", lambda program: ("made up", probe))
-
 
 OPTIONS = SimpleNamespace(rotate=1e-6, rounds=3, milliseconds=1.0)
 
@@ -89,6 +49,8 @@ def spoiled(function, where, amount):
 
 
 # At an element that is sampled, at one that is not, and in a whole row that nobody wrote.
+
+
 @pytest.mark.parametrize("where", [(0, 0, 0, 0), (1, slice(40, 80), 2), (0, 95, 3)])
 @pytest.mark.parametrize("amount", [0.5, float("nan")])
 def test_a_wrong_output_is_found_and_not_timed(bench, device, where, amount):
@@ -461,333 +423,6 @@ def test_a_run_cut_short_keeps_its_cells(bench, monkeypatch, tmp_path):
     assert [c["label"] for c in json.loads((tmp_path / "cut.json").read_text())["cells"]] == labels[:2]
 
 
-def made_up(bench, suite, backend, device="a GPU", ceiling=800.0):
-    """A report with figures that say nothing, for what is done with reports."""
-    cells = []
-    for place, cell in enumerate(bench.suites.suites()[suite]):
-        providers = {}
-        for name, speed in (("flashcore", 400.0 + place), ("flash", 200.0), ("fa3", 300.0 + 2 * place)):
-            time = cell.flops / speed / 1e6
-            rates = {"tflops": speed, "tbytes_per_second": cell.bytes / time / 1e6}
-            providers[name] = {"max_error": 0.0, "relative_error": 0.0, "microseconds": time, "spread": 0.0, **rates}
-        ratios = {n: p["microseconds"] / providers["flashcore"]["microseconds"] for n, p in providers.items()}
-        del ratios["flashcore"]
-        cells.append({**asdict(cell), "label": cell.label, "problem": "", "providers": providers, "ratios": ratios})
-    facts = {"date": "2026-01-01", "commit": "0" * 40, "device": device, "versions": {}, "driver": "1"}
-    if bench.suites.is_forward(suite):
-        facts["matmul_tflops"] = ceiling
-    if suite == "window":
-        facts["over_unmasked"] = bench.compare.over_unmasked(cells)
-    means = bench.compare.geometric_means(cells)
-    names = ["flashcore", "flash", "fa3"]
-    head = {"kind": "compare", "suite": suite, "backend": backend, **facts}
-    return {**head, "providers": names, "cells": cells, "geometric_means": means}
-
-
-def written(bench, folder, *reports):
-    """README as it is made from `reports`, and what --check says of it."""
-    for report in reports:
-        (folder / f"{report['suite']}-{report['backend']}.json").write_text(json.dumps(report))
-    readme = folder / "README.md"
-    readme.write_text(f"{bench.report.BEGIN}\n{bench.report.END}\n")
-    places = ["--readme", str(readme), "--results", str(folder)]
-    assert bench.report.main(places) == 0 and bench.report.main(["--check", *places]) == 0
-    return readme.read_text(), lambda: bench.report.main(["--check", *places])
-
-
-def test_readme_tells_one_backend_in_full_and_the_other_in_a_line(bench, tmp_path):
-    readme, _ = written(bench, tmp_path, made_up(bench, "forward", "sm80"), made_up(bench, "forward", "sm90"))
-    assert readme.count("### Forward") == 1 and "FlashCore's backend sm90;" in readme
-    assert "| 16, 32, 1024, 64 bf16 | 400 | 200 | 300 | fa3 | 1.33 |" in readme  # rates, not times
-    (line,) = [line for line in readme.splitlines() if line.startswith("Backend sm80:")]
-    assert "(12 cells)" in line and "`bench/results/forward-sm80.json`" in line
-    assert "matmul reaches 800 TFLOP/s" in readme
-    assert [path.name for path in tmp_path.glob("*.svg")] == ["forward-sm90.svg"]
-    assert "](bench/results/forward-sm90.svg)" in readme
-
-
-def test_readme_sums_up_the_grid(bench, tmp_path):
-    grid = made_up(bench, "grid", "sm90")
-    grid["cells"][7]["problem"] = "a reason"
-    assert bench.compare.geometric_means(grid["cells"])["best"]["cells"] == 119
-    readme, _ = written(bench, tmp_path, grid)
-    rows = [line for line in readme.splitlines() if line.startswith("| ") and " | fa3 |" in line]
-    assert len(rows) == 10 and rows[0].startswith("| 64 bf16 | 11 | ") and "wrong: a reason" in readme
-    speeds = [(400 + i) / (300 + 2 * i) for i in range(12) if i != 7]
-    assert rows[0].split(" | ")[2] == f"{math.prod(speeds) ** (1 / 11):.2f}"
-    assert rows[0].split(" | ")[3:5] == [f"{speeds[-1]:.3f}", grid["cells"][11]["label"]]
-
-
-def test_readme_holds_the_window_against_unmasked_tiles(bench, tmp_path):
-    window = made_up(bench, "window", "sm90")
-    assert window["over_unmasked"]["flashcore"] == pytest.approx(401 / 400)
-    readme, _ = written(bench, tmp_path, window)
-    assert "none masked: flashcore 1.00, flash 1.00, fa3 1.01." in readme
-    assert bench.compare.over_unmasked(window["cells"][:1]) == {}
-
-
-def test_check_covers_the_plots(bench, tmp_path, capsys):
-    _, check = written(bench, tmp_path, made_up(bench, "forward", "sm90"), made_up(bench, "varlen", "sm90"))
-    (path,) = tmp_path.glob("*.svg")
-    text = path.read_text()
-    path.write_text(text.replace("matmul 800", "matmul 900"))
-    assert check() == 1 and "forward-sm90.svg" in capsys.readouterr().err
-    path.unlink()
-    assert check() == 1
-    path.write_text(text)
-    assert check() == 0
-    (tmp_path / "gone.svg").write_text(text)  # of no report
-    assert check() == 1
-    written(bench, tmp_path)
-    assert list(tmp_path.glob("*.svg")) == [path] and path.read_text() == text
-
-
-def test_a_plot_has_a_panel_and_a_line_for_each(bench):
-    from xml.etree import ElementTree
-
-    report = made_up(bench, "grid", "sm90")
-    del report["cells"][3]["providers"]["fa3"]["tflops"]  # a peer that did not run
-    report["cells"][4]["problem"] = "wrong"
-    drawn = ElementTree.fromstring(bench.plot.svg(report))
-    of = lambda name: [e for e in drawn.iter() if e.get("class") == name]  # noqa: E731
-    assert len(of("panel")) == 5 * 4 and len(of("p-flashcore")) == 1 + 5 * 4
-    assert len(of("ceiling")) == 1 + 5 * 4
-    marks = [len(list(e.iter("{http://www.w3.org/2000/svg}path"))) - 1 for e in of("p-fa3")[1:]]
-    assert sorted(marks) == [5, 5] + [6] * 18
-    heights = [float(e.get("transform").split()[1][:-1]) for e in of("mark")]
-    assert min(heights) >= 0  # nothing above its panel
-    assert len(list(ElementTree.fromstring(bench.plot.svg({**report, "matmul_tflops": None})).iter())) < len(
-        list(drawn.iter())
-    )
-
-
-def parts(text):
-    """The elements of a plot by class: `of("tick")`, and what a provider's mark i is, `marks("fa3")[i]`, as (x, y)."""
-    from xml.etree import ElementTree
-
-    drawn = ElementTree.fromstring(text)
-    of = lambda name: [e for e in drawn.iter() if e.get("class") == name]  # noqa: E731
-
-    def marks(name):
-        groups = [
-            e for group in of(f"p-{name}")[1:] for e in group if e.get("class") == "mark"
-        ]  # the first is the legend
-        return [tuple(float(x) for x in e.get("transform")[10:-1].split()) for e in groups]
-
-    return of, marks
-
-
-def texts_of(text):
-    """The texts below the first panel's ground, as (x, y, what)."""
-    from xml.etree import ElementTree
-
-    drawn = ElementTree.fromstring(text)
-    panel = next(e for e in drawn if e.get("transform") and any(c.get("class") == "panel" for c in e))
-    return [(float(e.get("x")), float(e.get("y")), e.text) for e in panel if e.tag.endswith("text")]
-
-
-def test_the_plot_of_decoding_has_contiguous_single_queries_over_their_keys(bench):
-    report = made_up(bench, "decode", "sm90")
-    cells = bench.plot.shown(report)
-    assert [(c["batch"], c["seqlen_k"]) for c in cells] == [
-        (1, 4096), (1, 32768), (1, 131072), (8, 8192), (32, 4096), (64, 8192)
-    ]  # fmt: skip
-    report["cells"][1]["providers"]["fa3"] = {"absent": "not here"}
-    report["cells"][5]["problem"] = "wrong"  # batch 64
-    own = [c["providers"]["flashcore"] for c in cells]
-    text = bench.plot.svg(report)
-    of, marks = parts(text)
-    assert (len(marks("flashcore")), len(marks("fa3"))) == (5, 4) and not of("ceiling")
-    one = marks("flashcore")[:3]  # of batch 1, which are joined
-    assert len([e for e in of("p-flashcore")[1] if e.get("class") == "line"]) == 1
-    x = [place for place, _ in one]
-    # 32k keys are alone in their place; 4k have batch 32 beside them, half a place aside.
-    assert (x[2] - x[1]) / (x[2] - x[0] - bench.plot.SLOT / 2) == pytest.approx(2 / 5, abs=1e-3)  # octaves
-    heights = [bench.plot.TALL - y for _, y in one]
-    for height, told in zip(heights, own, strict=False):
-        assert height / heights[0] == pytest.approx(told["tbytes_per_second"] / own[0]["tbytes_per_second"], abs=0.01)
-    labels = [label for _, y, label in texts_of(text) if y > bench.plot.TALL + 10]
-    assert sorted(labels) == sorted(["B 1", "B 32", "4k keys", "B 8", "8k keys", "B 1", "32k keys", "B 1", "128k keys"])
-
-    highest = 2 * max(told["tbytes_per_second"] for told in own)
-    peaks = {"copy_tbytes_per_second": 1.0, "read_tbytes_per_second": highest}
-    text = bench.plot.svg({**report, "peaks": peaks})
-    of, marks = parts(text)
-    ceilings = [float(e.get("d").split()[1].split("H")[0]) for e in of("ceiling")[1:]]
-    assert f">reading {highest:.2f}<" in text and len(ceilings) == 1
-    assert 0 <= ceilings[0] < min(y for _, y in marks("flashcore"))
-    del peaks["read_tbytes_per_second"]
-    assert ">copying 1.00<" in bench.plot.svg({**report, "peaks": peaks})
-
-
-def test_the_plot_of_small_problems_is_logarithmic_and_grouped_by_length(bench):
-    report = made_up(bench, "small", "sm90")
-    del report["cells"][1]["providers"]["fa3"]["microseconds"]  # float16, which it does not run
-    text = bench.plot.svg(report)
-    of, marks = parts(text)
-    assert (len(marks("flashcore")), len(marks("fa3"))) == (12, 11)
-    lines = [e.get("d").count("L") + 1 for e in of("p-flashcore")[1] if e.get("class") == "line"]
-    assert lines == [3, 3, 4]  # 128 and 256 tokens with three batches each, 512 with the seed's too; float16 is alone
-    below = sorted((x, label) for x, y, label in texts_of(text) if x > 0 and y == bench.plot.TALL + 15)
-    assert [label for _, label in below] == ["8", "16", "32", "8", "16", "32", "1", "8", "16", "32", "1", "1"]
-    assert [label for _, _, label in sorted(texts_of(text)) if label.startswith("S ")] == [
-        "S 128", "S 256", "S 512", "S 512", "S 512"
-    ]  # fmt: skip
-    times = {n: [c["providers"][n]["microseconds"] for c in report["cells"]] for n in ("flashcore", "flash")}
-    # The cells of 128 tokens are the fourth to sixth of the suite and the first of the plot.
-    logs = [math.log(t) for name in times for t in times[name][3:6]]
-    heights = [-y for name in times for _, y in marks(name)[:3]]
-    scale = (heights[-1] - heights[0]) / (logs[-1] - logs[0])
-    assert scale > 0
-    for height, log in zip(heights, logs, strict=True):
-        assert height - heights[0] == pytest.approx(scale * (log - logs[0]), abs=0.2)
-
-
-@pytest.mark.parametrize("values", [[5.0], [9.999999999999999, 10.0], [0.02, 0.3], [1.0, 1000.0], [3.3, 3.4]])
-def test_the_scales_hold_every_value(bench, values):
-    for scale in (bench.plot._linear(values), bench.plot._logarithmic(values)):
-        assert 2 <= len(scale.ticks) <= 12 and scale.ticks == sorted(scale.ticks)
-        places = [scale.y_of(value) for value in values]
-        assert all(-1e-6 <= y <= bench.plot.TALL + 1e-6 for y in places) and places == sorted(places, reverse=True)
-        assert scale.y_of(scale.ticks[0]) == pytest.approx(bench.plot.TALL) and abs(scale.y_of(scale.ticks[-1])) < 1e-6
-
-
-def apart(text):
-    """Whether the labels of a line below the first panel leave room, at 7 units a letter."""
-    rows = {}
-    for x, y, label in texts_of(text):
-        if y > 0 and x > 0:
-            rows.setdefault(y, []).append((x - 3.5 * len(label), x + 3.5 * len(label)))
-    return all(a[1] <= b[0] for row in rows.values() for a, b in zip(sorted(row), sorted(row)[1:], strict=False))
-
-
-def test_labels_keep_apart_whatever_the_cells(bench):
-    for suite in ("small", "decode"):
-        assert apart(bench.plot.svg(made_up(bench, suite, "sm90")))
-    report = made_up(bench, "decode", "sm90")
-    first = report["cells"][0]
-    more = [{**first, "batch": batch, "seqlen_k": keys} for batch in (2, 16, 128) for keys in (4096, 5000, 8192)]
-    crowded = bench.plot.svg({**report, "cells": report["cells"] + more})
-    assert apart(crowded) and len(parts(crowded)[1]("flashcore")) == 6 + 9
-    assert len(parts(bench.plot.svg({**report, "cells": [first]}))[1]("flashcore")) == 1
-    two = bench.plot.svg({**report, "cells": [first, {**first, "dtype": "float16"}]})
-    assert len(parts(two)[0]("panel")) == 2
-
-
-def test_readme_shows_the_plots_of_small_problems_and_decoding(bench, tmp_path):
-    decode = {**made_up(bench, "decode", "sm90"), "peaks": {"read_tbytes_per_second": 3.25}}
-    readme, check = written(bench, tmp_path, decode, made_up(bench, "small", "sm90"))
-    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["decode-sm90.svg", "small-sm90.svg"]
-    assert "![TB/s against the keys of a sequence](bench/results/decode-sm90.svg)" in readme
-    assert "![Microseconds of a call by length and batch](bench/results/small-sm90.svg)" in readme
-    assert "Reading memory reaches 3.25 TB/s in the same run." in readme
-    (tmp_path / "small-sm90.svg").write_text("another")
-    assert check() == 1
-    for cell in decode["cells"]:  # nothing is left to show but pages
-        cell["problem"] = "" if cell["page_size"] else "wrong"
-    readme, _ = written(bench, tmp_path, decode)
-    assert [path.name for path in tmp_path.glob("*.svg")] == ["small-sm90.svg"] and "decode-sm90.svg" not in readme
-
-
-def test_from_a_result_file_to_readme(bench, monkeypatch, tmp_path, capsys):
-    tiny = [bench.suites.Cell(1, 2, 33, 16, dtype="float32"), bench.suites.Cell(1, 2, 40, 16, True, "float32")]
-    both = {"cpu": tiny, "cpu_decode": [bench.suites.Cell(2, 4, 1, 32, heads_k=2, seqlen_k=50, page_size=0)]}
-    monkeypatch.setattr(bench.compare, "suites", lambda: {**bench.suites.suites(), **both})
-    probed(bench, monkeypatch)
-    common = ["--output", str(tmp_path), "--rotate", "1e-6", "--milliseconds", "1", "--quiet"]
-    arguments = ["--suite", "cpu", *common]
-    assert bench.compare.main([*arguments, "--commit", "0123456789abcdef", "--name", "first"]) == 0
-    assert "geometric means" in capsys.readouterr().out
-    report = json.loads((tmp_path / "first.json").read_text())
-    assert report["commit"] == "0123456789abcdef" and report["versions"]["torch"] == torch.__version__
-    assert report["geometric_means"]["sdpa"]["cells"] == 2
-
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{bench.report.BEGIN}\n{bench.report.END}\nbelow\n")
-    places = ["--readme", str(readme), "--results", str(tmp_path)]
-    assert bench.report.main(["--check", *places]) == 1
-    assert bench.report.main(places) == 0
-    written = readme.read_text()
-    assert written.startswith("above\n") and written.endswith("\nbelow\n")
-    means = report["summary"]["dtypes"]["float32"]
-    assert f"| float32 | 2 | {means['ratio']:.2f} | {means['lowest']:.2f} | {means['lowest_at']} |  |" in written
-    assert "first.json" in written and "0123456789ab" in written
-    assert "(made up): float32 200 GFLOP/s, bfloat16 400 GFLOP/s, reading 20 GB/s." in written
-    assert bench.report.main(["--check", *places]) == 0
-    readme.write_text(written.replace("| float32 | ", "| float32 | 9"))  # a figure that no script wrote
-    assert bench.report.main(["--check", *places]) == 1
-    assert bench.report.main(places) == 0 and readme.read_text() == written
-    assert bench.compare.main(["--suite", "cpu", "cpu_decode", *common]) == 0
-    (tmp_path / "cpu.json").unlink()
-    assert bench.report.main(places) == 0
-    decoded = readme.read_text()
-    share = json.loads((tmp_path / "cpu_decode.json").read_text())["cells"][0]["share_of_peak"]
-    assert "### CPU, decode" in decoded and "| B, H, S, D | GB/s | flashcore us | sdpa us |" in decoded
-    assert f"Share of the peak of reading: 2, 4/2, 1/50, 32 bf16 {100 * share:.0f}%" in decoded
-    (tmp_path / "cpu_decode.json").unlink()
-    (tmp_path / "first.json").unlink()
-    assert bench.report.main(places) == 0
-    assert readme.read_text() == f"above\n{bench.report.BEGIN}\n{bench.report.END}\nbelow\n"
-
-
-def made_up_ladder(label, seqlen):
-    """A report of `flashcore_bench ladder` with figures that say nothing."""
-    rungs = [
-        {"name": "baseline", "note": "first", "problem": "", "max_error": 1e-4, "microseconds": 1000.0, "speedup": 1.0},
-        {"name": "vectorized", "note": "", "refused": "takes up to 9 keys"},
-        {"name": "sm80", "note": "", "problem": "largest error", "max_error": None, "relative_error": None},
-        {"name": "flashcore", "note": "", "problem": "", "max_error": 1e-4, "microseconds": 4.0, "speedup": 250.0},
-    ]
-    rungs[3].update(tflops=123.4, share_of_peak=0.125)
-    problem = {"label": label, "batch": 1, "heads": 8, "seqlen": seqlen, "head_dim": 64}
-    facts = {"date": "2026-01-01", "commit": "0" * 40, "device": "a GPU", "versions": {"flashcore": "0"}, "driver": "1"}
-    reference = {"rows": 64, "allowed_error": 2e-3, "allowed_relative_error": 1e-3}
-    peak = {"tflops": 900.0}
-    return {"kind": "ladder", **facts, "problem": problem, "reference": reference, "peak": peak, "rungs": rungs}
-
-
-def test_the_ladder_in_both_readmes(bench, tmp_path):
-    from xml.etree import ElementTree
-
-    own = tmp_path / "cpp" / "ladder" / "README.md"
-    own.parent.mkdir(parents=True)
-    empty = f"above\n{bench.report.BEGIN}\n{bench.report.END}\nbelow\n"
-    own.write_text(empty)
-    _, check = written(bench, tmp_path)
-    assert own.read_text() == empty  # nothing without results
-    for name, seqlen in (("ladder-long", 1024), ("ladder-short", 512)):
-        report = made_up_ladder(f"1, 8, {seqlen}, 64 fp16", seqlen)
-        (tmp_path / f"{name}.json").write_text(json.dumps(report))
-    assert check() == 1
-    readme, check = written(bench, tmp_path)
-    assert readme.count("### The ladder") == 1 and "](bench/results/ladder-short.svg)" in readme  # the shortest first
-    assert "| B, H, S, D | 1, 8, 512, 64 fp16 | 1, 8, 1024, 64 fp16 |" in readme
-    assert "| `flashcore` | 4.0 (250.0) | 4.0 (250.0) |" in readme and "| `vectorized` | not run | not run |" in readme
-    assert "| `sm80` | wrong | wrong |" in readme
-    text = own.read_text()
-    assert text.startswith("above\n") and text.count("### 1, 8,") == 2 and "takes up to 9 keys" in text
-    assert "| `flashcore` | 4.0 | 250.0 | 123 | 12.5% | 1.0e-04 | pass |" in text and "wrong: largest error" in text
-
-    drawn = ElementTree.fromstring((tmp_path / "ladder-short.svg").read_text())
-    lines = [e for e in drawn.iter() if e.get("class") == "line"]
-    assert len(lines) == 2 and all(line.get("d").count("L") == 1 for line in lines)
-    own.write_text(text.replace("250.0", "251.0"))
-    assert check() == 1
-
-
-def test_readme_without_markers_is_refused(bench, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text("no markers\n")
-    assert bench.report.main(["--check", "--readme", str(readme), "--results", str(tmp_path)]) == 1
-    assert "expected the line" in capsys.readouterr().err
-
-
-def test_a_file_that_is_no_report_is_refused(bench, tmp_path, capsys):
-    (tmp_path / "other.json").write_text("{}")
-    assert bench.report.main(["--check", "--results", str(tmp_path)]) == 1
-    assert "other.json" in capsys.readouterr().err
-
-
 def test_the_host_s_cost_from_measuring_to_readme(bench, tmp_path, capsys):
     before = flashcore.get_num_threads(), torch.get_num_threads()
     assert bench.overhead.main(["--count", "3", "--rounds", "1", "--output", str(tmp_path), "--commit", "f" * 40]) == 0
@@ -808,27 +443,6 @@ def test_the_host_s_cost_from_measuring_to_readme(bench, tmp_path, capsys):
     assert check() == 1
     readme, _ = written(bench, tmp_path)
     assert "on the shape: compiled 4.4." in readme
-
-
-def test_a_decoder_s_times_in_readme(bench, tmp_path):
-    way = {"flashcore": 50.0, "sdpa": 60.0, "ratio": 1.2, "sdpa_kernels": ["_scaled_dot_product_cudnn_attention"]}
-    shares = {"sdpa_kernels_milliseconds": [12.0, 60.0], "flashcore_kernels_milliseconds": [9.0, 57.0]}
-    report = {
-        "kind": "decoder",
-        "device": "a GPU",
-        "options": {"layers": 24, "context": 8192, "rounds": 3},
-        "torch": "2",
-        "transformers": "5",
-        "date": "2026-11-25",
-        "commit": "f" * 40,
-        "errors": {"flashcore": [0.01, 0.001], "sdpa": [0.01, 0.001]},
-        "milliseconds": {"prefill": {**way, **shares}, "token, growing cache": way},
-    }
-    (tmp_path / "decoder.json").write_text(json.dumps(report))
-    readme, check = written(bench, tmp_path)
-    assert "| prefill | 50.00 | 60.00 | 1.20 | `_scaled_dot_product_cudnn_attention` |" in readme
-    assert "attention is 12.0 of SDPA's 60.0 ms on the GPU, and 9.0 with FlashCore" in readme
-    assert "without any attention the ratio would be 1.25." in readme and check() == 0
 
 
 def test_interfaces_that_disagree_are_not_timed(bench, monkeypatch, tmp_path):

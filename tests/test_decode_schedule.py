@@ -301,6 +301,12 @@ def clusters(plan) -> int:
     return 1 if "a block each" in plan.reason else int(re.search(r"a cluster of (\d) blocks each", plan.reason)[1])
 
 
+def shares(plan) -> int:
+    """Of a part, each computed by itself."""
+    found = re.search(r"computes (\d) shares of it in turn", plan.reason)
+    return int(found[1]) if found else clusters(plan)
+
+
 def test_plan_of_clusters(device):
     """One sequence, its rows in one tile: about 64 blocks in clusters that merge by themselves."""
     for heads_k, cluster in ((8, 8), (6, 8), (16, 4), (12, 4), (32, 2), (64, 1)):
@@ -352,7 +358,7 @@ def test_plan_of_sequences_that_may_differ(device):
 
 @pytest.mark.parametrize("gpu", ["a100", "h100"])
 def test_plan_of_prompts(device, gpu):
-    """Queries that fill tiles take the forward kernel, but where the cache has pages."""
+    """Queries that fill tiles take the forward kernel; where the cache has pages, many do."""
     kernels = {"a100": ("sm80_forward", "sm80_decode"), "h100": ("sm90_forward", "sm90_decode")}[gpu]
 
     def kernel(*args, **options):
@@ -360,7 +366,14 @@ def test_plan_of_prompts(device, gpu):
 
     assert kernel(1, 8192, keys=8192) == kernel(8, 64, keys=8192) == kernel(64, 100) == kernels[0]
     few = kernel(1, 17, keys=8192), kernel(64, 16), kernel(64, 20, heads_k=32)
-    assert set(few) == {kernels[1]} == {kernel(1, 8192, keys=8192, page_size=64)}
+    assert set(few) == {kernels[1]}
+    # Pages are brought together first, which takes as long as decoding some hundred rows.
+    assert kernel(1, 8192, keys=8192, page_size=64) == kernel(8, 256, keys=8192, page_size=16) == kernels[0]
+    assert kernel(1, 64, keys=8192, page_size=64) == kernel(8, 100, keys=8192, page_size=64) == kernels[1]
+    p = decode_plan(gpu, 8, 256, keys=8192, page_size=16)
+    assert p.workspace == 8 * 8192 * 8 * 128 * 2 * 2 and "brought together" in p.reason
+    assert kernel(64, 256, keys=32768, page_size=16) == kernels[1]  # 8 GiB
+    assert kernel(1, 8192, keys=8192, page_size=64, batch_invariant=True) == kernels[1]
     # The heads of a group share a tile on Hopper alone.
     assert kernel(64, 17) == kernels[gpu == "a100"]
     # A sequence's kernel must not depend on its neighbours, where that is asked for.
@@ -398,7 +411,8 @@ def test_plan_batch_invariant(device, gpu):
         assert plans[0].splits == min(keys // 256, most[heads_k])
         assert "length alone" in plans[0].reason
         if gpu == "h100":
-            assert [p.blocks for p in plans] == [8 * n * heads_k * plans[0].splits for n in (1, 3, 64)]
+            all_shares = [p.blocks // clusters(p) * shares(p) for p in plans]
+            assert all_shares == [8 * n * heads_k * plans[0].splits for n in (1, 3, 64)]
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
@@ -407,7 +421,30 @@ def test_batch_invariant_clusters_depend_on_the_sequence_alone(device, batch):
     for keys in (64, 8192):
         for heads_k, tokens, cluster in ((8, 1, 8), (8, 8, 8), (8, 16, 8), (16, 1, 4), (40, 1, 1), (4, 32, 8)):
             p = decode_plan("h100", batch, tokens, 4 * heads_k, heads_k, keys=keys, batch_invariant=True)
-            assert clusters(p) == cluster, (keys, heads_k, tokens)
+            assert shares(p) == cluster >= clusters(p), (keys, heads_k, tokens)
+
+
+def test_plan_of_shares_in_turn(device):
+    """Where not all of a sequence's blocks would run at once, fewer, each with several of its shares."""
+    for batch, keys, cluster in (
+        *((1, 8192, 8), (2, 8192, 8), (4, 8192, 4), (8, 8192, 2), (12, 8192, 1), (16, 8192, 2), (32, 8192, 1)),
+        *((20, 8192, 8), (64, 8192, 8), (20, 1024, 8), (64, 2048, 1)),
+    ):
+        p = decode_plan("h100", batch, keys=keys, batch_invariant=True)
+        assert clusters(p) == cluster and shares(p) == 8 and p.blocks == batch * 8 * cluster, (batch, keys)
+        assert p.shared_memory <= (113 << 10) and p.workspace == 0
+    # 32 rows have no place to be brought together in between.
+    assert clusters(decode_plan("h100", 8, 8, batch_invariant=True)) == 8
+
+
+def test_plan_of_equal_lengths(device):
+    """Known to be alike: a block for each multiprocessor, but no more clusters than run at once."""
+    for batch, tokens, cluster in ((8, 1, 2), (4, 1, 4), (4, 8, 2), (2, 8, 4), (16, 1, 1)):
+        p = flashcore.plan(
+            (batch, tokens, 32, 128), (batch, 8192, 8, 128), (batch, 8192, 8, 128), dtype="bfloat16", device="h100"
+        )
+        assert p.backend == "sm90" and clusters(p) == cluster and p.blocks == batch * 8 * cluster <= 128
+        assert p.blocks <= 128 and p.workspace == 0
 
 
 def test_plan_on_the_cpu(device):

@@ -100,6 +100,17 @@ def test_prompts_are_appended(arrays):
         decoding.run(Options(causal=True))
 
 
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_prompts_over_pages(arrays, page_size):
+    """On a GPU the pages are brought together for the forward kernels."""
+    lengths, tokens = [150, 0, 700, 64, 149, 1, 333, 512], 200
+    for i, (head_dim, options) in enumerate(zip((64, 128, 72), OPTIONS, strict=False)):
+        decoding = make(
+            arrays, lengths, tokens, (16, 4), head_dim, new=200 * (i == 1), page_size=page_size, capacity=1024, seed=i
+        )
+        decoding.run(options, f"{options}")
+
+
 def test_long_capacity(arrays):
     """Much room for few keys: the grid is made for the room, the work is not."""
     make(arrays, [5, 0, 130], 1, (8, 2), 64, capacity=40000).run()
@@ -269,6 +280,40 @@ def test_batch_invariance(arrays, page_size, tokens):
     room = make(arrays, [lengths[b] for b in short], tokens, (8, 2), 64, capacity=300, page_size=page_size, seed=43)
     more = make(arrays, [lengths[b] for b in short], tokens, (8, 2), 64, capacity=3000, page_size=page_size, seed=43)
     assert arrays.same_bits(room.call(**options)[0], more.call(**options)[0])
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("heads, head_dim", [((32, 8), 128), ((16, 4), 64), ((4, 2), 256)])
+def test_batch_invariance_of_many(arrays, heads, head_dim, page_size):
+    """The larger the batch, the fewer blocks a sequence has, on Hopper: none of the bits changes."""
+    lengths = [0, 1000, 64, 1, 513, 300, 999, 128] * (4 if arrays.on_gpu else 1)
+    given = [Options(causal=True), Options(window=(200, 0)), Options(causal=True, softcap=3.0)]
+    for i, options in enumerate(given):
+        tokens = (1, 4, 2)[i]
+        batch = make(
+            arrays, lengths, tokens, heads, head_dim, new=2 * i, page_size=page_size, capacity=1024, seed=61 + i
+        )
+        inputs = [arrays.copy(a) for a in (batch.key_cache, batch.value_cache)]
+        out, lse = batch.call(**options.keywords(), batch_invariant=True)
+        batch.check(out, lse, options)
+        for count in (1, 2, 4, 8, 16):
+            chosen = list(range(count, min(2 * count, len(lengths))))
+            rows = slice(None) if page_size else chosen
+            new = {"key": batch.key[chosen], "value": batch.value[chosen]} if i else {}
+            part = flashcore.attention_kvcache(
+                batch.query[chosen],
+                arrays.contiguous(inputs[0][rows]),
+                arrays.contiguous(inputs[1][rows]),
+                arrays.int32([lengths[b] for b in chosen]),
+                page_table=arrays.int32([batch.table[b] for b in chosen]) if page_size else None,
+                return_lse=True,
+                batch_invariant=True,
+                **new,
+                **options.keywords(),
+            )
+            for at, b in enumerate(chosen):
+                assert arrays.same_bits(part[0][at], out[b]), (count, b)
+                assert arrays.same_bits(part[1][at], lse[b]), (count, b)
 
 
 def test_equals_attention(arrays):

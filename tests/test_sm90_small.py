@@ -70,18 +70,30 @@ def planned(query, key, value, form, options=PLAIN):
     return plan
 
 
+def without_maxima(query, options=PLAIN) -> bool:
+    """Whether a call that wants no log-sum-exp gets weights relative to references (references.cuh): its output then
+    has other bits."""
+    batch, seqlen_q, heads, head_dim = query.shape
+    plain = not options.softcap and options.scale_for(head_dim) > 0
+    return head_dim == 64 and plain and batch * seqlen_q * heads >= 1024
+
+
 def run(arrays, query, key, value, form, options=PLAIN, what="") -> None:
     """Runs bshd arrays into poison between poison, with the log-sum-exp and without, and checks the results. Not what
     the large kernel gets instead: without the log-sum-exp its weights are relative to no row's own maximum, and a few
     rows judged alone scatter beyond the standard."""
     if planned(query, key, value, form, options).kernel == "sm90_forward":
         return
-    target = place(arrays, query.shape, str(query.dtype).removeprefix("torch."), "contiguous")
-    out, lse = flashcore.attention(query, key, value, out=target.view, return_lse=True, **options.keywords())
-    alone = flashcore.attention(query, key, value, **options.keywords())
-    assert arrays.same_bits(out, alone), f"{what}: other bits without the log-sum-exp"
+    targets = [place(arrays, query.shape, str(query.dtype).removeprefix("torch."), "contiguous") for _ in range(2)]
+    out, lse = flashcore.attention(query, key, value, out=targets[0].view, return_lse=True, **options.keywords())
+    alone = flashcore.attention(query, key, value, out=targets[1].view, **options.keywords())
     assert_attention(arrays, out, lse, query, key, value, options, f"{what} {options}")
-    assert target.surroundings_intact(), f"{what}: something was written beside out"
+    if without_maxima(query, options):
+        assert_attention(arrays, alone, None, query, key, value, options, f"{what} {options} without maxima")
+    else:
+        assert arrays.same_bits(out, alone), f"{what}: other bits without the log-sum-exp"
+    for target in targets:
+        assert target.surroundings_intact(), f"{what}: something was written beside out"
 
 
 class TestResults:
@@ -205,6 +217,85 @@ class TestResults:
                 assert arrays.same_bits(out, clean) and arrays.same_bits(lse, clean_lse)
 
 
+class TestReferences:
+    """Calls without the log-sum-exp, with rows enough: weights are relative to one of a row's first scores, and rows
+    for which that does not do are computed once more."""
+
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("score", [20.0, 60.0, 200.0, 1000.0])
+    def test_scores_far_apart(self, arrays, force, score, dtype, form):
+        force(form)
+        for options in (Options(), Options(causal=True), Options(window=(90, 40))):
+            tensors = arrays.qkv(3, 170, 333, 4, 2, 64, dtype, int(score), score)
+            assert without_maxima(tensors[0], options)
+            run(arrays, *tensors, form, options, f"{form} {score}")
+
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_largest_scores_come_last_or_first(self, arrays, force, dtype, form):
+        """Scores that rise or fall by some hundreds over the keys, and by little, in some rows and all."""
+        force(form)
+        query, key, value = arrays.qkv(2, 300, 500, 4, 2, 64, dtype, 7)
+        for every, steps in itertools.product((1, 37), (1000.0, 100.0, 20.0)):
+            rising = query.clone()
+            rising[:, ::every] = abs(rising[:, ::every])
+            ramp = arrays.cast((arrays.arange(500) + 1) / steps, dtype)[None, :, None, None]
+            for k in (abs(key) * ramp, abs(key) * ramp.flip(1), -abs(key) * ramp):
+                run(arrays, rising, k, value, form, what=f"every {every} steps {steps}")
+
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    def test_first_keys_that_some_rows_do_not_see(self, arrays, force, form):
+        """References are found among the first 32 keys of a part, which windows hide from some rows, or all."""
+        force(form)
+        for window in ((3, 0), (20, 20), (40, 0), (0, 40), (100, 3)):
+            tensors = arrays.qkv(2, 400, 400, 4, 4, 64, "bfloat16", window[0], 8.0)
+            run(arrays, *tensors, form, Options(window=window), f"{form}")
+            run(arrays, *tensors, form, Options(causal=True, window=(window[0], None)), f"{form}")
+
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    @pytest.mark.parametrize("score", [1.0, 300.0])
+    def test_a_nan_in_a_query_stays_in_its_row(self, arrays, force, score, form):
+        force(form)
+        query, key, value = arrays.qkv(2, 200, 300, 4, 4, 64, "bfloat16", 17, score)
+        clean = flashcore.attention(query, key, value)
+        for b, i, h in ((0, 0, 0), (1, 9, 3), (1, 199, 2)):
+            spoilt = query.clone()
+            spoilt[b, i, h, 3] = math.nan
+            out = flashcore.attention(spoilt, key, value)
+            assert bool(torch.isnan(out[b, i, h]).all())
+            assert_attention(arrays, *without_row(out, clean, b, i, h), query, key, value)
+
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    @pytest.mark.parametrize("score", [2.0, 300.0])
+    def test_poisoned_neighbours(self, arrays, force, score, form):
+        force(form)
+        for seqlen_k in (129, 300):
+            tensors = arrays.qkv(4, 130, seqlen_k, 4, 4, 64, "float16", 3, score)
+            clean = flashcore.attention(*tensors)
+            placed = []
+            for a in tensors:
+                wide = arrays.full((4, a.shape[1] + 70, 4, 64), math.nan, "float16")
+                wide[1, : a.shape[1], 1:3] = a[1, :, 1:3]
+                placed.append(wide[:, : a.shape[1]])
+            planned(*placed, form)
+            assert arrays.same_bits(flashcore.attention(*placed)[1, :, 1:3], clean[1, :, 1:3])
+
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    def test_100_runs_give_the_same_bits(self, arrays, force, form):
+        force(form)
+        for causal, score in itertools.product((False, True), (1.0, 100.0)):
+            tensors = arrays.qkv(2, 300, 300, 8, 4, 64, "float16", 11, score)
+            first = flashcore.attention(*tensors, causal=causal)
+            assert all(arrays.same_bits(flashcore.attention(*tensors, causal=causal), first) for _ in range(99))
+
+
+def without_row(out, clean, b, i, h):
+    """`out` with a row of `clean`, as assert_attention() takes it."""
+    out[b, i, h] = clean[b, i, h]
+    return out, None
+
+
 class TestStream:
     """Blocks with several tiles of queries: more tiles than two for each multiprocessor."""
 
@@ -324,7 +415,19 @@ class TestDependentLaunches:
         planned(x, key, value, form)
         self.check_chains(arrays, x, key, value)
 
-    @pytest.mark.parametrize("shape", [(1, 512, 8, 64), (8, 512, 8, 64), (3, 257, 5, 128), (1, 700, 6, 256)], ids=str)
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            (1, 512, 8, 64),
+            (8, 512, 8, 64),
+            (3, 257, 5, 128),
+            (1, 700, 6, 256),
+            # Several tiles a block.
+            (16, 512, 16, 128),
+            (6, 1024, 10, 192),
+        ],
+        ids=str,
+    )
     def test_output_of_the_large_kernel_is_its_next_input(self, arrays, monkeypatch, shape):
         monkeypatch.setenv("FLASHCORE_SM90_KERNEL", "large")
         x, key, value = (arrays.random(shape, "bfloat16", seed, 4.0) for seed in (1, 2, 3))

@@ -177,13 +177,14 @@ in the environment: then they are checked too, which synchronizes the stream.)";
 constexpr const char* kvcache_doc =
     R"(Attention of a few new queries a sequence over a cache of keys and values (decoding), or of a prompt's queries.
 
-Arrays are anything with __dlpack__; none is ever copied. Sequence b has cache_seqlens[b] keys in the cache, and behind
-them, where key and value are given, the new ones, which the call appends there in place; they take part. The queries
-are the last positions of these keys: causal lets the last one see them all.
+Arrays are anything with __dlpack__; none is ever copied (but the pages of a prompt's cache, see query). Sequence b has
+cache_seqlens[b] keys in the cache, and behind them, where key and value are given, the new ones, which the call appends
+there in place; they take part. The queries are the last positions of these keys: causal lets the last one see them all.
 
 query: (batch, tokens, heads_q, head_dim); dtypes, strides and head_dim as for flashcore.attention. 1 to 16 tokens read
-    the cache once. A prompt's many run as fast as in flashcore.attention, but where the cache has pages: there each 32
-    rows of a key head's queries read it again.
+    the cache once. A prompt's many run as fast as in flashcore.attention. Where the cache has pages, these are brought
+    together in a workspace for that if they are not too many (512 MiB); with fewer than 768 rows of queries a key head,
+    and with batch_invariant, each 32 rows read the pages again instead.
 key_cache, value_cache: (batch, capacity, heads_k, head_dim), of query's dtype and device; heads_k divides heads_q. With
     page_table (pages, page_size, heads_k, head_dim), page_size being 16, 64, 128 or 256.
 cache_seqlens: int32, (batch), contiguous, on query's device: keys that are in the cache before the call.

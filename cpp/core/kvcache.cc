@@ -37,6 +37,24 @@ To with_options_of(const From& problem) {
 
 }  // namespace
 
+namespace {
+
+// An array of the keys, or of the values, of all pages of each sequence.
+Tensor together(const KvCacheProblem& problem) {
+  Sizes const s = sizes(problem);
+  int const sequence = sequence_axis(problem.layout), heads = 3 - sequence;
+  Tensor tensor = problem.key_cache;
+  tensor.shape[0] = s.batch;
+  tensor.shape[sequence] = s.seqlen_k;
+  tensor.stride[3] = 1;
+  tensor.stride[heads] = s.head_dim;
+  tensor.stride[sequence] = s.heads_k * s.head_dim;
+  tensor.stride[0] = s.seqlen_k * tensor.stride[sequence];
+  return tensor;
+}
+
+}  // namespace
+
 Problem options_of(const KvCacheProblem& problem) {
   auto options = with_options_of<Problem>(problem);
   options.key = problem.key_cache;
@@ -54,6 +72,7 @@ KvCacheProblem cache_of(const Problem& problem) {
 Problem forward_of(const KvCacheProblem& problem) {
   Problem forward = options_of(problem);
   forward.seqused_k = problem.cache_seqlens;
+  if (problem.paged()) forward.key = forward.value = together(problem);
   return forward;
 }
 

@@ -81,6 +81,14 @@ void launch(const KvCacheProblem& problem, const Plan& plan, void* workspace) {
     ForwardParams forward = params;
     forward.seqused_k = params.cache_seqlens;
     forward.keys_added = params.new_tokens;
+    if (problem.paged()) {
+      int64_t const heads = int64_t{params.heads_k} * params.head_dim, sequence = params.seqlen_k * heads;
+      void* const values = static_cast<char*>(workspace) + params.batch * sequence * 2;
+      forward.k = {workspace, sequence, heads, params.head_dim};
+      forward.v = {values, sequence, heads, params.head_dim};
+      sm80::gather(params, workspace, values, problem.stream);
+      workspace = nullptr;
+    }
     launch_forward(forward, dtype, plan, workspace, problem.stream, tma_encodes(problem.out));
     return;
   }

@@ -40,10 +40,16 @@ struct HopperTile {
     int const ones = head_dim == 64 ? tile_k : 0;
     return (q_buffers * tile_q() + slots * tile_k + ones) * head_dim * 2 + 2048;
   }
-  // What a row of queries costs with this tile, in hundredths of what it costs with the head dimension's other one.
-  // Two warpgroups hide less of each other's softmax than four: 0.84 to 0.9 of the speed at head dimension 64; and
-  // their rows share keys and values with fewer others than three's: 0.96 at 96 (sm90/tiles.inc).
-  int row_cost() const { return warpgroups > 2 ? 100 : head_dim == 64 ? 115 : 104; }
+  // What a row of queries costs with this tile, in hundredths of what it costs with three warpgroups (sm90/tiles.inc).
+  // Two share keys and values with fewer others: 0.96 of the speed at 96. At head dimension 64 four of 64 keys need 4%
+  // more clocks than three of 128, but leave more of an uneven tile out; and two hide less of each other's softmax than
+  // four: 0.84 to 0.9 of their speed.
+  int row_cost(bool uneven) const {
+    if (warpgroups == 3) return 100;
+    if (head_dim != 64) return 104;
+    int const four = uneven ? 96 : 104;
+    return warpgroups == 4 ? four : four * 115 / 100;
+  }
 };
 
 constexpr HopperTile sm90_tiles[] = {
@@ -192,9 +198,15 @@ bool tma_encodes(const Problem& problem) {
   return tma_encodes(problem.query) && tma_encodes(problem.key) && tma_encodes(problem.value);
 }
 
+// What a tile of `rows` rows of queries takes, of what a whole one does: warpgroups without rows have nothing to do,
+// and the others are slower alone.
+double share_of_tile(int64_t rows, int64_t tile_q) {
+  return static_cast<double>(1 + (rows + 63) / 64) / static_cast<double>(1 + tile_q / 64);
+}
+
 // How long the busiest block works, in tiles of keys, where blocks take the tiles of sections of `width` pairs in turn,
-// forwards and backwards (`next_tile` in sm90/forward_producer.cuh). `lengths` is what a pair's tiles take, longest
-// first.
+// forwards and backwards (`next_tile` in sm90/forward_producer.cuh). `lengths` is what a pair's tiles take, the last
+// one's first.
 double busiest_block(const std::vector<double>& lengths, int64_t width, int64_t pairs, int64_t blocks) {
   std::vector<double> busy(static_cast<size_t>(blocks), 0.0);
   int64_t place = 0;
@@ -203,7 +215,8 @@ double busiest_block(const std::vector<double>& lengths, int64_t width, int64_t 
     for (double const length : lengths) {
       for (int64_t head = 0; head < heads; ++head, ++place) {
         int64_t const row = place / blocks, column = place - row * blocks;
-        busy[static_cast<size_t>(row % 2 == 0 ? column : blocks - 1 - column)] += length;
+        int64_t const from_first = row % 2 == 0 ? column : blocks - 1 - column;
+        busy[static_cast<size_t>((from_first + blocks - row / 2 * 2 % blocks) % blocks)] += length;
       }
     }
     place = (place + blocks - 1) / blocks * blocks;
@@ -252,7 +265,8 @@ void set_sections(Plan& plan, const Problem& problem, int most, int64_t pairs) {
   for (int64_t first = (tiles_per_pair - 1) * queries; first >= 0; first -= queries) {
     KeyRange const range =
         mask.key_range(static_cast<int>(first), static_cast<int>(std::min(first + queries, s.seqlen_q)), plan.tile_k);
-    lengths.push_back(range.count() + beside);
+    int64_t const rows = std::min(queries, s.seqlen_q - first) * plan.packed_heads;
+    lengths.push_back(range.count() * share_of_tile(rows, plan.tile_q) + beside);
   }
   double least = std::numeric_limits<double>::max();
   for (int64_t width = 1; width <= widest; ++width) {
@@ -440,7 +454,7 @@ Plan plan_sm90(const Problem& problem, const DeviceProperties& device) {
     if (candidate.head_dim < s.head_dim || candidate.plain_score != plain) continue;
     if (tile != nullptr && candidate.head_dim > tile->head_dim) break;
     Tiling const tiling = flashcore::tiling(problem, device, candidate.tile_q());
-    int64_t const cost = tiling.rows * candidate.row_cost();
+    int64_t const cost = tiling.rows * candidate.row_cost(uneven(problem) && !problem.varlen());
     // What a sequence's tiles are must not depend on its batch, where that is asked for: then the first will do.
     if (tile == nullptr || (cost < least && !problem.batch_invariant)) {
       tile = &candidate;

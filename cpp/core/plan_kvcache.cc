@@ -153,11 +153,23 @@ bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& devi
               static_cast<double>(s.heads_k * s.head_dim));
 }
 
+// Tiles of keys that a block may have on their way; with fewer than two each would wait for the one before.
+int stages_of(const DeviceProperties& device, const HopperDecodeTile& tile, int cluster_rows) {
+  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / tile.blocks_a_unit() - 1024;
+  return tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
+}
+constexpr int least_stages = 2;
+
+int rows_of_part(const Work& work, const HopperDecodeTile& tile) {
+  return static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
+}
+
 // How many blocks, as a cluster, share a part, and how many parts an item falls into: by its own length, at most, or
 // where all are about as long.
 struct Division {
   int cluster, parts;
   bool by_own_length;
+  int shares;  // of a part: a block of the cluster computes one, or several in turn
 };
 
 // As many blocks as read a sequence's part of the cache at its full speed, with a multiprocessor each and room for the
@@ -176,7 +188,7 @@ Division in_clusters(int64_t items, const Work& work, int most, bool by_own_leng
   int64_t parts = std::max<int64_t>(most_blocks / blocks, 1);
   if (parts * blocks < least_blocks) ++parts;
   int64_t const whole_parts = (work.tiles_a_line + DecodeSchedule::part_tiles - 1) / DecodeSchedule::part_tiles;
-  return {cluster, static_cast<int>(std::clamp<int64_t>(parts, 1, whole_parts)), by_own_length};
+  return {cluster, static_cast<int>(std::clamp<int64_t>(parts, 1, whole_parts)), by_own_length, cluster};
 }
 
 // Blocks that run at once. Clusters of 4 and 8 find room on 120 of 132 multiprocessors, which stand in groups of 16 and
@@ -186,17 +198,51 @@ int64_t blocks_at_once(const DeviceProperties& device, const HopperDecodeTile& t
   return units * tile.blocks_a_unit();
 }
 
+// batch_invariant: of the blocks that a sequence gets by itself, fewer, each for several shares in turn, where all then
+// run at once, one a multiprocessor or nearly two. A share is computed and merged as by a block of its own, so that the
+// result has the same bits. H100, us, in clusters of 8 / so: 4 sequences of 8,192 keys 54.6 / 53.4, 8 99.9 / 90.6, in
+// pages of 64 100.5 / 92.0, 16 of 4,096 97.9 / 91.0, 32 183 / 177; 12 of 8,192, 96 blocks, 142.9 / 139; but 20 of
+// 4,096, 160 blocks, 120 / 124.
+Division in_turn(Division division, const Work& work, int rows, const DeviceProperties& device,
+                 const HopperDecodeTile& tile) {
+  if (tile.slices > 1) return division;  // the outputs of all warps do not fit a stage
+  int64_t const all = blocks_at_once(device, tile, 1);
+  auto const fits = [&](int cluster) {
+    int64_t const blocks = work.items * division.parts * cluster;
+    return blocks <= blocks_at_once(device, tile, cluster) && (blocks <= device.units || 4 * blocks >= 3 * all) &&
+           stages_of(device, tile, rows * (division.shares / cluster)) >= least_stages;
+  };
+  int cluster = division.shares;
+  while (cluster > 0 && !fits(cluster)) cluster /= 2;
+  // More items than blocks run at once: one after the other, whose shares are short (64 sequences of 1,024 keys 125 /
+  // 94, 128 of 512 202 / 107), or in clusters, which even out what is uneven (64 of 8,192 691 / 695, of mixed lengths
+  // 332 / 348).
+  constexpr int64_t short_tiles = 32;  // of an item
+  bool const many = work.items * division.parts > all && work.tiles_a_line <= short_tiles * division.parts;
+  if (cluster == 0 && many && stages_of(device, tile, rows * division.shares) >= least_stages) cluster = 1;
+  if (cluster > 0) division.cluster = cluster;
+  return division;
+}
+
 Division division_of(const KvCacheProblem& problem, const DeviceProperties& device, const Work& work,
                      HopperDecodeTile const& tile) {
   bool const one_row_tile = work.rows <= tile.rows();
   int64_t const batch = problem.query.shape[0];
   // As if the sequence were alone.
-  if (problem.batch_invariant) return in_clusters(work.lines, work, one_row_tile ? most_blocks : 2 * most_blocks, true);
+  if (problem.batch_invariant) {
+    Division const alone = in_clusters(work.lines, work, one_row_tile ? most_blocks : 2 * most_blocks, true);
+    return in_turn(alone, work, rows_of_part(work, tile), device, tile);
+  }
   if (one_row_tile) {
+    auto const fits = [&](const Division& division) {
+      return work.items * division.cluster * division.parts <= blocks_at_once(device, tile, division.cluster);
+    };
     // All sequences are known to be as long as each other: a block for each multiprocessor (8 sequences of 8,192 keys
-    // 89.6 us, in 4 parts each 93).
+    // 89.6 us, in 4 parts each 93), or half as many where some clusters would have to wait (4 of 8,192 keys, 32 rows,
+    // in 32 clusters of 4 68.4, of 2 55.3).
     if (batch > 1 && !problem.cache_seqlens.present() && work.items <= 2 * most_blocks) {
-      Division const all = in_clusters(work.items, work, 2 * most_blocks, true);
+      Division all = in_clusters(work.items, work, 2 * most_blocks, true);
+      while (all.cluster > 1 && !fits(all)) all.shares = all.cluster /= 2;
       if (all.cluster <= work.tiles_a_line) return all;
     }
     // Each sequence as if it were alone, where all blocks of that run at once: 2 sequences of 8,192 keys and 4 key
@@ -204,17 +250,14 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
     // alone: 8,192 keys of 32 heads of dimension 64 31.8 us (by 64 blocks 38.7), two sequences of 16 heads 36.9 (32.2).
     int const most = batch == 1 && tile.head_dim <= 64 ? 2 * most_blocks : most_blocks;
     Division alone = in_clusters(work.lines, work, most, batch > 1);
-    auto const fits = [&] {
-      return batch * work.lines * alone.cluster * alone.parts <= blocks_at_once(device, tile, alone.cluster);
-    };
     // In half as many blocks where some would have to wait.
-    if (batch <= 4 && alone.cluster > 1 && !fits()) alone.cluster /= 2;
-    if (work.lines <= most && fits() && alone.cluster <= work.tiles_a_line) return alone;
+    if (batch <= 4 && alone.cluster > 1 && !fits(alone)) alone.shares = alone.cluster /= 2;
+    if (work.lines <= most && fits(alone) && alone.cluster <= work.tiles_a_line) return alone;
   }
   // All blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
   int64_t parts = blocks_at_once(device, tile, 1) / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
-  return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false};
+  return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false, 1};
 }
 
 Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device) {
@@ -223,10 +266,9 @@ Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
   int const blocks_a_unit = tile.blocks_a_unit();
   Division const division = division_of(problem, device, work, tile);
-  int const part_rows = static_cast<int>(std::min<int64_t>(work.rows, tile.rows()));
-  int const cluster_rows = division.cluster > 1 ? part_rows : 0;
-  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / blocks_a_unit - 1024;
-  int const stages = tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
+  int const part_rows = rows_of_part(work, tile);
+  int const cluster_rows = division.shares > 1 ? part_rows * (division.shares / division.cluster) : 0;
+  int const stages = stages_of(device, tile, cluster_rows);
 
   Plan plan;
   plan.backend = Backend::sm90;
@@ -240,6 +282,7 @@ Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device
   plan.shared_memory = tile.shared_memory(stages, cluster_rows);
   plan.tiles = work.items * work.tiles_a_line;
   plan.cluster = division.cluster;
+  plan.shares = division.shares;
   int64_t parts = work.items * division.parts;
   if (division.by_own_length || s.batch == 1) {
     plan.even_parts = division.by_own_length ? 0 : division.parts;
@@ -322,14 +365,28 @@ bool fills_tiles(const Plan& forward, const Sizes& s, bool batch_invariant, cons
   return s.seqlen_q * forward.packed_heads >= least_rows && tiles * part_of_units >= device.units;
 }
 
-// The forward kernel's plan for a prompt; none for a cache with pages, nor where a few tokens are decoded, as sequences
-// of uneven length are divided better by their keys.
+// A cache in pages is brought together first, in a workspace of at most so many bytes, which pays for at least about so
+// many rows: 8,192 keys of 8 heads of dimension 128 take 28 us, of 8 sequences 192 (pages of 16 and 64, H100), and each
+// 32 rows of a sequence in decode tiles 6.7.
+constexpr int64_t most_gathered = int64_t{512} << 20, least_rows_over_pages = 768;
+constexpr int64_t most_gathered_sequences = 65535;  // a grid's blocks along y
+
+// The forward kernel's plan for a prompt; none where a few tokens are decoded, as sequences of uneven length are
+// divided better by their keys.
 std::optional<Plan> plan_prompt(const KvCacheProblem& problem, const DeviceProperties& device) {
   constexpr int64_t most_decoded_tokens = 16;
   Sizes const s = sizes(problem);
-  if (problem.paged() || s.seqlen_k == 0 || s.seqlen_q <= most_decoded_tokens) return std::nullopt;
-  Plan const forward = plan_forward(forward_of(problem), device);
+  if (s.seqlen_k == 0 || s.batch == 0 || s.seqlen_q <= most_decoded_tokens) return std::nullopt;
+  double const bytes = 4.0 * static_cast<double>(s.batch * s.seqlen_k) * static_cast<double>(s.heads_k * s.head_dim);
+  // (batch_invariant, the kernel must not depend on how much all sequences need.)
+  bool const gathers = problem.paged();
+  if (gathers && (bytes > most_gathered || problem.batch_invariant || s.batch > most_gathered_sequences ||
+                  Work(s, 1).rows < least_rows_over_pages)) {
+    return std::nullopt;
+  }
+  Plan forward = plan_forward(forward_of(problem), device);
   if (!fills_tiles(forward, s, problem.batch_invariant, device)) return std::nullopt;
+  if (gathers) forward.workspace = static_cast<int64_t>(bytes);
   return forward;
 }
 
@@ -385,14 +442,18 @@ bool decodes(const Plan& plan) {
 
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan) {
   if (plan.backend == Backend::cpu) return explain(options_of(problem), device, plan);
-  if (!decodes(plan)) return explain(forward_of(problem), device, plan);
+  if (!decodes(plan)) {
+    std::string const pages = problem.paged() ? " The pages of the cache are brought together first." : "";
+    return explain(forward_of(problem), device, plan) + pages;
+  }
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
+  int const cluster_rows = plan.shares > 1 ? rows * (plan.shares / plan.cluster) : 0;
   bool const turned = std::string_view(plan.kernel) == "sm90_decode_turned";
-  int const stages = turned   ? TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory)
-                     : hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory,
-                                                                                            plan.cluster > 1 ? rows : 0)
-                              : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
+  int const stages = turned ? TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory)
+                     : hopper
+                         ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory, cluster_rows)
+                         : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +
                      (problem.backend == Backend::automatic ? "" : " (backend forced)") + ": ";
@@ -402,6 +463,9 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
     text.append("the keys of all sequences fall into at most ");
     text.append(std::to_string(plan.blocks / plan.cluster) + " parts, ");
     text.append(plan.cluster == 1 ? "a block each" : "a cluster of " + std::to_string(plan.cluster) + " blocks each");
+    if (plan.shares > plan.cluster) {
+      text.append(" that computes " + std::to_string(plan.shares) + " shares of it in turn");
+    }
   }
   text += ", in tiles of " + std::to_string(plan.tile_k) + " keys, " + std::to_string(stages) +
           " of them on their way; a tile of queries has up to " + std::to_string(plan.tile_q) + " rows, of " +

@@ -24,8 +24,8 @@ bool plain_score(const Problem& problem);
 // The options of a problem over a cache and its arrays as if the cache were its keys and values.
 Problem options_of(const KvCacheProblem& problem);
 
-// The same as a problem of the forward kernels, which the cache's lengths go with, for plan_forward() and explain(): of
-// a cache without pages.
+// The same as a problem of the forward kernels, which the cache's lengths go with, for plan_forward() and explain(). Of
+// a cache in pages as if these had been brought together.
 Problem forward_of(const KvCacheProblem& problem);
 
 // The axis of tokens in an array of four dimensions.

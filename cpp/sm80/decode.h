@@ -15,4 +15,9 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
 // RuntimeError when the launch fails.
 void append(const KvCacheParams& params, void* stream);
 
+// Copies the keys and values of a cache in pages to arrays (batch, seqlen_k, heads_k, head_dim) in device memory, as
+// many rows as a sequence has. Pages that do not exist give zeros. Asynchronous. Throws RuntimeError when the launch
+// fails.
+void gather(const KvCacheParams& params, void* keys, void* values, void* stream);
+
 }  // namespace flashcore::sm80

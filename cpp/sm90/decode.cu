@@ -26,29 +26,24 @@ void run_decode_turned(DecodeParams const& params, Plan const& plan, cudaStream_
 
 namespace {
 
-template <class Element>
-bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_DECODE(D, slices)                                \
-  if (plan.head_dim == D && plan.tile_q == 16 * slices) {               \
-    run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream); \
-    return true;                                                        \
-  }
-#include "sm90/decode_tiles.inc"
-#undef FLASHCORE_SM90_DECODE
-  return false;
-}
-
 bool is_turned(Plan const& plan) { return std::string_view(plan.kernel) == "sm90_decode_turned"; }
 
 template <class Element>
-bool run_turned(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
+bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
 #define FLASHCORE_SM90_DECODE_TURNED(D, rows)                                \
-  if (plan.head_dim == D && plan.tile_q == rows) {                           \
+  if (is_turned(plan) && plan.head_dim == D && plan.tile_q == rows) {        \
     run_decode_turned<TurnedConfig<Element, D, rows>>(params, plan, stream); \
     return true;                                                             \
   }
 #include "sm90/decode_turned_tiles.inc"
 #undef FLASHCORE_SM90_DECODE_TURNED
+#define FLASHCORE_SM90_DECODE(D, slices)                                      \
+  if (!is_turned(plan) && plan.head_dim == D && plan.tile_q == 16 * slices) { \
+    run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream);       \
+    return true;                                                              \
+  }
+#include "sm90/decode_tiles.inc"
+#undef FLASHCORE_SM90_DECODE
   return false;
 }
 
@@ -94,8 +89,9 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   DecodeParams p{};
   static_cast<sm80::DecodeParams&>(p) = sm80::decode_params(params, plan, workspace);
   HopperDecodeTile const tile{plan.head_dim, plan.tile_q / 16};
+  int const cluster_rows = plan.shares > 1 ? p.part_rows * (plan.shares / plan.cluster) : 0;
   p.stages = is_turned(plan) ? TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory)
-                             : tile.stages_of(plan.shared_memory, plan.cluster > 1 ? p.part_rows : 0);
+                             : tile.stages_of(plan.shared_memory, cluster_rows);
   int const lines = p.heads_k * p.row_tiles, most = plan.even_parts == 0 ? plan.splits : 0;
   int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
   p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
@@ -104,10 +100,7 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   // it.
   p.even = most > 0 ? most == 1 : p.batch == 1 ? plan.even_parts : 0;
   auto const s = static_cast<cudaStream_t>(stream);
-  bool const found = is_turned(plan)
-                         ? dtype == float16 ? run_turned<__half>(p, plan, s) : run_turned<__nv_bfloat16>(p, plan, s)
-                     : dtype == float16 ? run<__half>(p, plan, s)
-                                        : run<__nv_bfloat16>(p, plan, s);
+  bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
   if (plan.workspace > 0) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
 }

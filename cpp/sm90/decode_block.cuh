@@ -41,6 +41,7 @@ struct DecodeArguments {
   int column_boxes;          // that bring a key's columns
   Divisor even;              // parts of each item; 0: `parts` says how many, by the lengths
   int log_cluster;           // of the blocks that share a part and merge it
+  int log_shares;            // of a part, which its blocks compute in turn, each share by itself
   int prefetched;            // tiles of a block that come to the L2 cache while the kernel ahead still runs
   bool late;                 // the kernel behind starts when all tiles have been asked for; else at once
 };
@@ -101,6 +102,11 @@ __device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x, fl
                "f"(y), "r"(int{acts})
                : "memory");
 }
+__device__ __forceinline__ void store_shared(bool acts, uint32_t to, float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(to), "f"(x),
+               "r"(int{acts})
+               : "memory");
+}
 // To the shared memory of a block of the cluster, whose barrier counts the bytes.
 __device__ __forceinline__ void send(bool acts, uint32_t to, float x, uint32_t barrier) {
   asm volatile(
@@ -120,17 +126,26 @@ __device__ __forceinline__ void send(bool acts, uint32_t to, float4 x, uint32_t 
 
 // --- the block's part ------------------------------------------------------------------------------------------------
 
-// The item that a block works on, and which of its tiles: first, first + step, ...
+// The item that a block works on, and which of its tiles: first, first + step, ... before end.
 struct DecodePart {
   int sequence, head;  // of the keys
   int first_row, valid_rows;
-  int cached, keys;  // of the sequence in the cache, and with the new ones
-  int first, count, step;
+  int cached, keys;          // of the sequence in the cache, and with the new ones
+  int first, end, step;      // of its first share; the next one begins a cluster's blocks of tiles later
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
   bool ahead;                // the first tile was asked for before the lengths were known
+
+  // Of tiles from `tile` on.
+  __device__ __forceinline__ int count(int tile) const { return tile < end ? parts_of(end - tile, step) : 0; }
 };
 static_assert(sizeof(DecodePart) <= 64);
+
+// The shares that a block computes: of one slice of rows only, whose outputs fit a stage.
+template <class Config>
+__device__ __forceinline__ int shares_of(DecodeArguments const& a) {
+  return Config::slices > 1 ? 1 : 1 << (a.log_shares - a.log_cluster);
+}
 
 // The line (attention/decode_parts.h) of sequence `sequence`, but for lengths.
 template <class Config>
@@ -195,14 +210,12 @@ struct DecodeMemory {
     return base + tile.head_bytes() + stage * Config::stage_bytes;
   }
   __device__ __forceinline__ char* values(int stage) const { return keys(stage) + Config::kv_bytes; }
-  // (key_warps, rows, merge_stride), when the stages have been read
-  __device__ __forceinline__ float* outputs() const { return reinterpret_cast<float*>(keys(0)); }
-  // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows)
+  // Of all shares of a part: (shares, rows, columns of this block), (shares, rows)
   __device__ __forceinline__ float* received() const {
     constexpr int head_bytes = tile.head_bytes(), merge_bytes = tile.merge_bytes();
     return reinterpret_cast<float*>(base + head_bytes + max_of(stages * Config::stage_bytes, merge_bytes));
   }
-  __device__ __forceinline__ float* received_lse(int rows) const { return received() + rows * Config::head_dim; }
+  __device__ __forceinline__ float* received_lse(int floats) const { return received() + floats; }
 };
 
 // A place in the ring: stages are filled and emptied in turn, and the barriers' phase flips each time around.

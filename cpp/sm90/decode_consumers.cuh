@@ -65,13 +65,13 @@ __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
     for (int column = 0; column < p.head_dim; column += 64) line(p.q, at + column);
   }
   if (!tiles_known) return;
-  int const way = begin + (index << a.log_cluster | rank);
+  int const way = begin + (index << a.log_shares | rank);
   static_assert(Config::consumers >= 2 * Config::tile_k);
   if (thread >= 2 * Config::tile_k) return;
   Rows<void const*> const& rows = thread < Config::tile_k ? p.k : p.v;
 #pragma unroll 1
   for (int i = 0; i < a.prefetched; ++i) {
-    int const key = (way + i * (parts << a.log_cluster)) * Config::tile_k + thread % Config::tile_k;
+    int const key = (way + i * (parts << a.log_shares)) * Config::tile_k + thread % Config::tile_k;
     if (key >= end) break;
     int block = part.sequence, row = key;
     if (p.page_table != nullptr) {
@@ -85,9 +85,17 @@ __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
   }
 }
 
+// What a consumer warp goes through its shares with.
+struct ConsumerPlace {
+  uint32_t from_q;              // its lanes' place in the queries
+  int in_tile, lane_k, lane_v;  // in a tile: the warp's keys, and its lanes' places of keys and of values
+  StagePlace stage;
+};
+
+// Waits for the part and for its queries.
 template <class Config>
-__device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared,
-                                        Work<Config>& work, int warp, int lane) {
+__device__ __forceinline__ void start_consumer(DecodeArguments const& a, DecodeMemory<Config> const& shared,
+                                               Work<Config>& work, ConsumerPlace& at, int warp, int lane) {
   using Element = typename Config::Element;
   using Queries = sm80::SharedTile<Config::head_dim>;
   constexpr int rows = Config::rows, chunks = Config::head_dim / 8, consumers = Config::consumers;
@@ -125,19 +133,31 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
 
   // This lane's rows of the operands, as in the forward kernel.
   int const slice = warp / Config::key_warps, key_warp = warp % Config::key_warps;
-  uint32_t const from_q = shared_q + Queries::offset(slice * 16 + lane % 16, lane / 16);
+  at.from_q = shared_q + Queries::offset(slice * 16 + lane % 16, lane / 16);
   int const tile_key = key_warp * Config::warp_keys;  // of a tile, this warp's first
   BoxTile const box{128 << a.log_box};
-  int const in_tile =
-      (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
-  int const lane_k = in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  int const lane_v = in_tile + box.offset(lane % 16, lane / 16);
-  work.start(from_q);
-  StagePlace place;
-  int const count = part.count;
+  at.in_tile = (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
+  at.lane_k = at.in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  at.lane_v = at.in_tile + box.offset(lane % 16, lane / 16);
+  work.start(at.from_q);
+}
+
+// A share's tiles, of which `first_tile` is the first.
+template <class Config>
+__device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared,
+                                        Work<Config>& work, ConsumerPlace& at, int first_tile, int warp, int lane) {
+  constexpr int consumers = Config::consumers;
+  sm80::DecodeParams const& p = a.p;
+  DecodePart const& part = shared.part();
+  int const slice = warp / Config::key_warps, tile_key = warp % Config::key_warps * Config::warp_keys;
+  BoxTile const box{128 << a.log_box};
+  uint32_t const from_q = at.from_q;
+  int const in_tile = at.in_tile, lane_k = at.lane_k, lane_v = at.lane_v;
+  StagePlace place = at.stage;
+  int const count = part.count(first_tile);
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    int const tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
+    int const tile = first_tile + i * part.step, first = tile * Config::tile_k + tile_key;
     char* const stage_keys = shared.keys(place.stage);
     shared.full_keys()[place.stage].wait(place.phase);
     bool const here = p.page_table == nullptr || (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
@@ -177,10 +197,14 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     if (lane == 0) shared.empty()[place.stage].arrive();
     place.advance(shared.stages);
   }
-  if (count <= 0 && part.ahead) {  // a tile was asked for in vain: it is to arrive before its place is used
+  if (count <= 0 && part.ahead &&
+      first_tile == part.first) {  // a tile was asked for in vain: nothing is to come behind
     shared.full_keys()[0].wait(0);
     shared.full_values()[0].wait(0);
+    if (lane == 0) shared.empty()[0].arrive();
+    place.advance(shared.stages);
   }
+  at.stage = place;
 }
 
 }  // namespace flashcore::sm90

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "attention/combine.h"
-#include "sm90/decode_block.cuh"
+#include "sm90/decode_consumers.cuh"
 
 namespace flashcore::sm90 {
 
@@ -33,15 +33,20 @@ __device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart c
   }
 }
 
-// This block's columns of the item's rows, when all blocks of the cluster have sent theirs: a thread has four columns
-// of a row, and takes the blocks' in their order.
+// This block's columns of the item's rows, when all shares have been sent: a thread has four columns of a row, and
+// takes the shares' in their order, however many blocks computed them.
 template <class Config>
-__device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
-                                              bool acts) {
+__device__ __forceinline__ void merge_shares(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
+                                             bool acts) {
   DecodePart const& part = shared.part();
   constexpr int most = HopperDecodeTile::most_cluster;
-  int const blocks = 1 << a.log_cluster, columns = Config::head_dim >> a.log_cluster, rows = part.valid_rows;
-  if (acts) shared.received_all()->wait(0);
+  int const shares = 1 << a.log_shares, columns = Config::head_dim >> a.log_cluster, rows = part.valid_rows;
+  float const* const all_lse = shared.received_lse((rows * columns) << a.log_shares);
+  if (a.log_cluster == 0) {
+    if (acts) consumers_sync(Config::consumers);
+  } else if (acts) {
+    shared.received_all()->wait(0);
+  }
 #pragma unroll 1
   for (int i = threadIdx.x % Config::consumers; i < rows * columns / 4; i += Config::consumers) {
     int const row = static_cast<int>((static_cast<unsigned>(i) << (2 + a.log_cluster)) / unsigned{Config::head_dim});
@@ -50,21 +55,21 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
     float4 x[most];
     float top = minus_infinity();
 #pragma unroll
-    for (int block = 0; block < most; ++block) {
-      lse[block] = minus_infinity(), x[block] = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (!acts || block >= blocks) continue;
-      lse[block] = shared.received_lse(rows)[block * rows + row];
-      x[block] = *reinterpret_cast<float4 const*>(shared.received() + (block * rows + row) * columns + column);
-      top = lse[block] > top || lse[block] != lse[block] ? lse[block] : top;  // a NaN stays
+    for (int share = 0; share < most; ++share) {
+      lse[share] = minus_infinity(), x[share] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (!acts || share >= shares) continue;
+      lse[share] = all_lse[share * rows + row];
+      x[share] = *reinterpret_cast<float4 const*>(shared.received() + (share * rows + row) * columns + column);
+      top = lse[share] > top || lse[share] != lse[share] ? lse[share] : top;  // a NaN stays
     }
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
     float total = 0.0f;
 #pragma unroll
-    for (int block = 0; block < most; ++block) {
-      float const weight = part_weight(lse[block], top);
+    for (int share = 0; share < most; ++share) {
+      float const weight = part_weight(lse[share], top);
       total += weight;
-      sum.x += weight * x[block].x, sum.y += weight * x[block].y;
-      sum.z += weight * x[block].z, sum.w += weight * x[block].w;
+      sum.x += weight * x[share].x, sum.y += weight * x[share].y;
+      sum.z += weight * x[share].z, sum.w += weight * x[share].w;
     }
     float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
     sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
@@ -73,19 +78,24 @@ __device__ __forceinline__ void merge_cluster(DecodeArguments const& a, DecodeMe
   }
 }
 
-// The end of a part. The producer's warp goes the same way before the consumers get there and does nothing on it
+constexpr int merge_piece = 8;  // columns
+
+// The end of a share, and of the part behind the last one. The producer's warp goes the same way before the consumers
+// get there and does nothing on it
 // (`acts` is false): it fetches the instructions, which would take longer than to execute them.
 //
-// In a cluster each block sends its result to the others: equal shares of the columns, and to all the log-sum-exp.
+// In a cluster each block sends its result to the others: of the columns equal parts, and to all the log-sum-exp.
 template <class Config>
 __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
-                                       int warp, int lane, bool acts) {
+                                       ConsumerPlace& place, int share, int warp, int lane, bool acts) {
   constexpr int head_dim = Config::head_dim, rows = Config::rows;
-  constexpr int consumers = Config::consumers, merge_stride = Config::tile.merge_stride();
+  constexpr int consumers = Config::consumers;
   DecodePart const& part = shared.part();
   float const factor = a.p.score.factor;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
   int const blocks = 1 << a.log_cluster, columns = head_dim >> a.log_cluster, rank = blockIdx.x & (blocks - 1);
+  bool const last = share == shares_of<Config>(a) - 1;
+  int const number = share << a.log_cluster | rank;  // among the part's shares
   uint32_t const received_all = shared_address(shared.received_all());
 
   // The warps' results become one: each scales its own by its weight over the sum of all.
@@ -97,8 +107,13 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     int const at = key_warp * rows + first_row + half * 8 + lane / 4;
     if (acts && lane % 4 == 0) shared.maxima()[at] = state.max, shared.sums()[at] = sum;
   }
-  if (a.log_cluster > 0) cluster_wait_acquire();  // all blocks run, and may be sent to
-  if (acts) consumers_sync(consumers);            // the states are there, and nobody reads the stages any more
+  if (a.log_cluster > 0 && (share == 0 || !acts)) cluster_wait_acquire();  // all blocks run, and may be sent to
+  // The warps' outputs lie where no tile is: behind the last one anywhere, else in the stage that the producer left
+  // out.
+  int const stage = last ? 0 : place.stage.stage;
+  float* const outputs = reinterpret_cast<float*>(shared.keys(stage));
+  if (!last) shared.full_keys()[stage].wait(place.stage.phase);
+  if (acts) consumers_sync(consumers);  // the states are there, and nobody reads the stages any more
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const row = first_row + half * 8 + lane / 4;
@@ -113,18 +128,26 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
           exp2_of((read(shared.maxima() + w * rows + row) - top) * factor) * read(shared.sums() + w * rows + row);
     }
     float const weight = exp2_of((work.state[0][half].max - top) * factor) * all.inverse_sum();
-    uint32_t const to = shared_address(shared.outputs() + (key_warp * rows + row) * merge_stride + lane % 4 * 2);
+    // Pieces of 8 columns are permuted by the row, so that lanes of different rows write to different banks.
+    uint32_t const to =
+        shared_address(outputs + (key_warp * rows + row) * head_dim + lane % 4 * 2 + row % 4 * merge_piece);
 #pragma unroll
     for (int n = 0; n < head_dim / 8; ++n) {
-      store_shared(acts, to + n * 32, work.o[0][n][2 * half] * weight, work.o[0][n][2 * half + 1] * weight);
+      store_shared(acts, (to ^ (n % 4 * merge_piece * 4)) + n / 4 * merge_piece * 16, work.o[0][n][2 * half] * weight,
+                   work.o[0][n][2 * half + 1] * weight);
     }
     if (key_warp == 0 && row < part.valid_rows) {
       float const lse = all.lse(factor);
-      if (a.log_cluster > 0) {
-        uint32_t const at = shared_address(shared.received_lse(part.valid_rows) + rank * part.valid_rows + row);
+      if (a.log_shares > 0) {
+        float* const all_lse = shared.received_lse((part.valid_rows * columns) << a.log_shares);
+        uint32_t const at = shared_address(all_lse + number * part.valid_rows + row);
 #pragma unroll 1
         for (int block = lane % 4; block < blocks; block += 4) {
-          send(acts, in_block(at, block), lse, in_block(received_all, block));
+          if (blocks == 1) {
+            store_shared(acts, at, lse);
+          } else {
+            send(acts, in_block(at, block), lse, in_block(received_all, block));
+          }
         }
       } else if (lane % 4 == 0) {
         write_lse(a, part, row, lse, acts);
@@ -139,19 +162,32 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int w = 0; w < Config::key_warps; ++w) {
-      float4 const x =
-          read(reinterpret_cast<float4 const*>(shared.outputs() + (w * rows + row) * merge_stride + column));
+      float4 const x = read(
+          reinterpret_cast<float4 const*>(outputs + (w * rows + row) * head_dim + (column ^ row % 4 * merge_piece)));
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
-    if (a.log_cluster > 0) {
+    if (a.log_shares > 0) {
       int const owner = static_cast<int>(static_cast<unsigned>(column << a.log_cluster) / unsigned{head_dim});
-      float* const to = shared.received() + (rank * part.valid_rows + row) * columns + column - owner * columns;
-      send(acts, in_block(shared_address(to), owner), sum, in_block(received_all, owner));
+      float* const to = shared.received() + (number * part.valid_rows + row) * columns + column - owner * columns;
+      if (blocks == 1) {
+        store_shared(acts, shared_address(to), sum.x, sum.y);
+        store_shared(acts, shared_address(to + 2), sum.z, sum.w);
+      } else {
+        send(acts, in_block(shared_address(to), owner), sum, in_block(received_all, owner));
+      }
     } else if (column < a.p.head_dim) {
       write<Config>(a, part, row, column, sum, acts);
     }
   }
-  if (a.log_cluster > 0) merge_cluster<Config>(a, shared, rank, acts);
+  if (!last) {  // the stage is the producer's again
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (lane == 0) shared.empty()[stage].arrive();
+    place.stage.advance(shared.stages);
+    work.clear();
+  } else if (a.log_shares > 0) {
+    merge_shares<Config>(a, shared, rank, acts);
+  }
 }
 
 }  // namespace flashcore::sm90

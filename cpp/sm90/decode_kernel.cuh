@@ -44,17 +44,24 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   if (a.prefetched > 0 && warp < Config::warps) prefetch<Config>(a);
 
   Work<Config> work;
-  if (warp == Config::warps) {
+  ConsumerPlace place{};
+  bool const consumes = warp != Config::warps;
+  if (!consumes) {
     work.clear();
     produce<Config>(a, shared, lane);
   } else {
-    consume<Config>(a, shared, work, warp, lane);
+    start_consumer<Config>(a, shared, work, place, warp, lane);
   }
   if (shared.part().sequence < 0) {
     if (a.log_cluster > 0) cluster_wait_acquire();
     return;
   }
-  finish<Config>(a, shared, work, warp, lane, warp != Config::warps);
+  int const shares = shares_of<Config>(a), first = shared.part().first;
+#pragma unroll 1
+  for (int share = consumes ? 0 : shares - 1; share < shares; ++share) {
+    if (consumes) consume<Config>(a, shared, work, place, first + (share << a.log_cluster), warp, lane);
+    finish<Config>(a, shared, work, place, share, warp, lane, consumes);
+  }
 }
 
 template <class Config>
@@ -91,6 +98,7 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
                                   whole ? 1 : Config::panels,
                                   p.even > 0 ? Divisor::of(p.even) : Divisor{0},
                                   log2_of_power(plan.cluster),
+                                  log2_of_power(plan.shares),
                                   prefetched,
                                   p.even == 0 || prefetched > 0};
 

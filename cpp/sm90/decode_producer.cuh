@@ -81,7 +81,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       int index;
       part = even_part<Config>(a, index);
       parts = a.even.divisor;
-      way = index << a.log_cluster | rank;
+      way = index << a.log_shares | rank;
       // The length is asked for first: behind the keys it would wait for them.
       int length = p.seqlen_k;
       if (acts && p.cache_seqlens != nullptr)
@@ -90,7 +90,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       // while the length does.
       ahead = p.window_left >= unlimited && way * Config::tile_k < p.seqlen_k;
       part.first = way;
-      part.step = parts << a.log_cluster;
+      part.step = parts << a.log_shares;
       int block = part.sequence, row = way * Config::tile_k;
       if (p.page_table != nullptr && ahead) {
         if (acts) next_pages = pages_from(part, 0, p.seqlen_k);
@@ -108,11 +108,11 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       part.cached = found.cached;
       range = found.range;
       parts = found.parts;
-      way = index << a.log_cluster | rank;
+      way = index << a.log_shares | rank;
     }
-    part.step = parts << a.log_cluster;
+    part.step = parts << a.log_shares;
     part.first = range.begin + way;
-    part.count = range.count() <= way ? 0 : parts_of(range.count() - way, part.step);
+    part.end = range.end;
     part.slot = parts == 1 ? -1 : number;
     part.ahead = ahead;
     part.keys = part.cached + p.new_tokens;
@@ -121,7 +121,8 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     if (acts && lane == 0) {
       shared.part() = part;
       if (a.log_cluster > 0 && part.sequence >= 0) {  // what the cluster's blocks will send
-        shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows * (Config::head_dim + (1 << a.log_cluster)));
+        int const columns = Config::head_dim >> a.log_cluster;
+        shared.received_all()->arrive_and_expect_tx((4 * part.valid_rows * (columns + 1)) << a.log_shares);
       }
     }
   }
@@ -129,21 +130,36 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   tell_part<Config>();
   if (part.sequence < 0) return;
 
-  // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
-  int pages = -1;
-  if (p.page_table != nullptr && !ahead) next_pages = pages_from(part, 0, part.keys);
 #pragma unroll 1
-  for (int i = 0, box = 0; i < part.count; ++i, box += boxes) {
-    int block = part.sequence, row = (part.first + i * part.step) * Config::tile_k;
-    if (p.page_table != nullptr) {
-      if (box % 32 == 0) {
-        pages = existing(next_pages);
-        next_pages = pages_from(part, box + 32, part.keys);
+  for (int shares = shares_of<Config>(a);;) {
+    // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
+    int pages = -1;
+    if (p.page_table != nullptr && !ahead) next_pages = pages_from(part, 0, part.keys);
+    int const count = part.count(part.first);
+#pragma unroll 1
+    for (int i = 0, box = 0; i < count; ++i, box += boxes) {
+      int block = part.sequence, row = (part.first + i * part.step) * Config::tile_k;
+      if (p.page_table != nullptr) {
+        if (box % 32 == 0) {
+          pages = existing(next_pages);
+          next_pages = pages_from(part, box + 32, part.keys);
+        }
+        block = __shfl_sync(0xffffffffu, pages, (box + lane) % 32);
+        row = (row + (lane < boxes ? lane : 0) * box_rows) & (p.page_size - 1);
       }
-      block = __shfl_sync(0xffffffffu, pages, (box + lane) % 32);
-      row = (row + (lane < boxes ? lane : 0) * box_rows) & (p.page_size - 1);
+      if (i > 0 || !ahead) load(row, part.head, block, true);
     }
-    if (i > 0 || !ahead) load(row, part.head, block, true);
+    if (--shares == 0) break;
+    // A stage without keys, where the consumers bring the share's result together while the others fill.
+    if (lane == 0) {
+      shared.empty()[place.stage].wait(place.phase ^ 1);
+      shared.full_keys()[place.stage].arrive();
+      shared.full_values()[place.stage].arrive();
+    }
+    __syncwarp();
+    place.advance(shared.stages);
+    part.first += 1 << a.log_cluster;
+    ahead = false;
   }
   if (a.late) launch_dependents();
 }

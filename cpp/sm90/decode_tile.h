@@ -29,11 +29,10 @@ struct HopperDecodeTile {
   FLASHCORE_HD constexpr int state_bytes() const { return key_warps * rows() * 2 * 4; }
   // Barriers, which boxes are absent, the block's part.
   static constexpr int control_bytes = 2 * most_stages * 8 + 2 * 8 + most_stages * (8 + 4) + 64;
-  // All warps' outputs in float32, in the stages' place when these have been read. Rows are 8 floats longer than they
-  // need, so that the lanes of a warp that hold different rows write to different banks.
-  FLASHCORE_HD constexpr int merge_stride() const { return head_dim + 8; }
-  FLASHCORE_HD constexpr int merge_bytes() const { return key_warps * rows() * merge_stride() * 4; }
-  // What all warps of a cluster's blocks send to each of these: its columns of `rows` rows, and all rows' log-sum-exp.
+  // All warps' outputs in float32, in a stage's place, or that of as many as there are slices.
+  FLASHCORE_HD constexpr int merge_bytes() const { return key_warps * rows() * head_dim * 4; }
+  // What a block gets from all of a cluster, each of which computes one share: its columns of `rows` rows, and all
+  // rows' log-sum-exp. Where the blocks compute several shares in turn, that many times as much.
   FLASHCORE_HD constexpr int received_bytes(int rows) const { return rows * head_dim * 4; }
   FLASHCORE_HD constexpr int received_lse_bytes(int rows) const { return rows * most_cluster * 4; }
 
@@ -44,7 +43,7 @@ struct HopperDecodeTile {
   FLASHCORE_HD constexpr int tail_bytes(int cluster_rows) const {
     return received_bytes(cluster_rows) + received_lse_bytes(cluster_rows);
   }
-  // `cluster_rows`: of a part, where the blocks of a cluster merge; else 0.
+  // `cluster_rows`: of a part, times the shares of a block, where the blocks of a cluster merge; else 0.
   FLASHCORE_HD constexpr int shared_memory(int stages, int cluster_rows) const {
     return head_bytes() + max_of(stages * stage_bytes(), merge_bytes()) + tail_bytes(cluster_rows);
   }

@@ -55,13 +55,15 @@ struct ForwardConfig {
   //   96   two warpgroups, 0 of 64: 5,645; 8: 5,448; 16: 5,378; 24: 5,377; 32: 5,606; 48: 5,580; 64: 5,790
   //   96   three, 0 of 48: 5,461; 4: 5,161; 8: 5,206; 12: 5,296; 16: 5,328; 24: 5,401
   //   64   four warpgroups, 0 of 32: 5,998; 32: 6,448
+  //   64   three, 0 of 64: 5,867; 4: 5,838; 8: 5,730; 16: 5,900; 24: 6,025
   //   192  0 of 32: 4,556; 8: 4,109; 16: 4,075; 24: 4,036; 32: 4,149 (at 1,024 tokens 339, 314, 313, 310, 319)
   //   256  8 of 32: 4,329; 16: 4,330; 24: 4,329; 32: 4,326
-  static constexpr int early = head_dim == 64    ? 0
+  static constexpr int early = head_dim == 64    ? (warpgroups == 3 ? 8 : 0)
                                : head_dim == 96  ? (warpgroups == 3 ? 4 : 16)
                                : head_dim == 128 ? 32
                                                  : 24;
   static constexpr bool waits_late = early > 0 && steady;
+  static constexpr bool forgets_scores = head_dim == 64 && waits_late;
   // A row's largest weight so far is 2^−slack, and a tile moves the row's reference where one of its weights reaches 2:
   // 1 + slack bits more. bfloat16 has float32's exponents, float16's weights lose bits below 2^−14.
   static constexpr float slack = !steady ? 0.0f : bfloat ? 24.0f : 3.0f;
@@ -94,6 +96,9 @@ struct ForwardConfig {
 template <class Config>
 struct WithLse : Config {
   static constexpr bool adds_sums = true;
+  // There are no registers for more than one product's results in use at a time.
+  static constexpr int early = 0;
+  static constexpr bool waits_late = false, forgets_scores = false;
 };
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;

@@ -45,7 +45,11 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   auto const issue_scores = [&](int slot) {
     uint64_t const keys = operand<row_bytes>(shared_kv + slot * Config::kv_bytes, 0);
     uint64_t const queries = operand<row_bytes>(shared_q + current.slot() * Config::q_bytes + first_row * row_bytes, 0);
-    hold(s);
+    if constexpr (Config::forgets_scores) {
+      forget(s);
+    } else {
+      hold(s);
+    }
     cute::warpgroup_arrive();
 #pragma unroll
     for (int d = 0; d < head_dim / 16; ++d) {
@@ -129,6 +133,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
   SoftmaxRow state[2];
   float reference[2];    // of the job before: what its rows' weights are relative to, in bits
   bool pending = false;  // the job before, whose last tile of weights waits for its product with the values
+  bool absent = false;   // from it: this warpgroup has no rows of it, and no use for those values
   // Read anew where it is needed: it does not stay in registers during the loop.
   auto const job_before = [&]() -> Job const& { return shared.job[current.before()]; };
   auto const clear_values_that_wait = [&](RingPlace<Config::slots> const& values) {
@@ -146,19 +151,22 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     place.advance();
     store<Config>(a, shared.job[number], lane, o, state, reference);
   };
-  // Of the job that waits.
-  auto const finish = [&] {
-    if (!Config::pipelined || !pending) return;
-    clear_values_that_wait(place);
-    end_job(current.before());
-    pending = false;
-  };
   // Gives a tile back that this warpgroup has no use for: not before it has come, or the slot's turns would be counted
   // wrong.
   auto const drop = [&] {
     shared.full[place.slot].wait(place.phase);
     release(shared.empty[place.slot]);
     place.advance();
+  };
+  // Of the job that waits.
+  auto const finish = [&] {
+    if (!Config::pipelined || !pending) return;
+    if (absent) {
+      drop();
+    } else {
+      end_job(current.before());
+    }
+    pending = absent = false;
   };
 
 #pragma unroll 1
@@ -168,6 +176,7 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
     Job const& job = shared.job[current.number];
     int const count = job.count;
     if (count == 0) {
+      if (Config::pipelined && pending) clear_values_that_wait(place);
       finish();
       if (job.work.tile == Job::end) break;
       if (job.work.tile >= 0) store_nothing<Config>(a, job, lane);
@@ -176,20 +185,56 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       continue;
     }
     read_queries();
+    if (Config::pipelined && pending) {
+      // All warpgroups come here, and before any turn: else one could have the turn that another one waits for.
+      RingPlace<Config::slots> ragged = place;
+      ragged.advance();
+      clear_values_that_wait(ragged);
+    }
+    // Of a job's second tile of values on, clear_tail() is a barrier of all warpgroups, too.
+    auto const clear_first_values = [&] {
+      if (job.tail == tile_k || (count == 1 && Config::pipelined)) return;
+      RingPlace<Config::slots> ragged = place;
+      if (count > 1) ragged.advance();
+      clear_tail(ragged, job.tail);
+    };
+    auto const let_pass = [&] {
+      take_turn();
+      pass_turn();
+    };
+    if (a.query(first_row) >= job.queries) {
+      // This warpgroup has no rows: it gives the tiles back as they come. In the ring are K0, the values that wait, K1
+      // V0 K2 V1 ...
+      release_queries();
+      let_pass();
+      drop();
+      finish();
+      clear_first_values();
+#pragma unroll 1
+      for (int j = 1; j < count; ++j) {
+        let_pass();
+        drop();
+        drop();
+      }
+      if constexpr (Config::pipelined) {
+        pending = absent = true;
+      } else {
+        drop();
+      }
+      end_jobs_before();
+      continue;
+    }
     float ratio[2], offset[2];
     Part own;
     if constexpr (Config::parts == 0) own = part_of<Config>(a, job, warpgroup);
     Part const& part = Config::parts == 0 ? own : job.part[Config::skips ? warpgroup : 0];
     int const skipped = Config::skips ? part.skipped : 0;
     if (Config::skips && skipped > 0) {
-      // Next in the ring are K0, the values that wait, K1 V0 K2 V1 ...
-      take_turn();
-      pass_turn();
+      let_pass();
       drop();
       finish();
       for (int j = 1; j < skipped; ++j) {
-        take_turn();
-        pass_turn();
+        let_pass();
         drop();
         drop();
       }
@@ -203,11 +248,6 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       bool const masked = part.masked > skipped;
       if (masked) seen = visible<Config>(a, job, lane, skipped);
       int const keys = place.slot;
-      if constexpr (finishes) {
-        RingPlace<Config::slots> ragged = place;
-        ragged.advance();
-        clear_values_that_wait(ragged);
-      }
       take_turn();
       shared.full[keys].wait(place.phase);
       place.advance();
@@ -219,7 +259,9 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
         place.advance();
       }
       pass_turn();
-      if (Config::skips && skipped > 0) drop();
+      if constexpr (!finishes) {
+        if ((Config::skips && skipped > 0) || absent) drop();
+      }
       cute::warpgroup_wait<finishes ? 1 : 0>();
       hold(s);
       if (skipped == count - 1) release_queries();
@@ -250,17 +292,14 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
 #pragma unroll
       for (int i = 0; i < tile_k / 4; ++i) weights[i] = Precision<Element>::pack(s[2 * i], s[2 * i + 1]);
     };
-    if (Config::pipelined && pending) {
+    if (Config::pipelined && pending && !absent) {
       first_step(std::bool_constant<Config::pipelined>{});
     } else {
       first_step(std::false_type{});
     }
 
-    if (job.tail < tile_k && (count > 1 || !Config::pipelined)) {
-      RingPlace<Config::slots> ragged = place;
-      if (count > 1) ragged.advance();
-      clear_tail(ragged, job.tail);
-    }
+    absent = false;
+    clear_first_values();
 
     // The others: scores of this tile, output of the one before, softmax of this one meanwhile. multiply() issues both
     // products of the i-th tile, waits for the scores and gives the slot of the values, finish_output() waits for the
@@ -343,6 +382,10 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
         float sum = 0.0f;
 #pragma unroll
         for (int half = 0; half < 2; ++half) sum += (sums[half][0] + sums[half][1]) + (sums[half][2] + sums[half][3]);
+        if constexpr (!Config::adds_sums) {
+#pragma unroll
+          for (int j = 0; j < Config::early; ++j) sum += __uint_as_float(__float_as_uint(s[j]) & Config::kept);
+        }
         if (leads & !(sum < 0.0f)) shared.empty[keys].arrive();
       } else {
         release(shared.empty[keys]);

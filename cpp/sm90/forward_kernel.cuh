@@ -16,10 +16,6 @@
 
 namespace flashcore::sm90 {
 
-// Whether a launch may begin while the kernel before ends: where blocks have a tile or two, what comes before and after
-// them counts. With more it measured the same, or up to 2% slower.
-__host__ __device__ constexpr bool starts_early(int64_t tiles, int64_t blocks) { return tiles <= 2 * blocks; }
-
 // The consumers, until the kernel before has ended: bring the lines that the block reads first into the L2 cache, its
 // queries and the first of their keys and values. Where sequences vary in length, only arrays say which.
 template <class Config>
@@ -28,7 +24,7 @@ __device__ __forceinline__ void prefetch_first(Arguments<typename Config::Score>
   constexpr int consumers = 128 * Config::warpgroups, most_keys = 128;
   constexpr int lines = (Config::head_dim + 63) / 64;
   Work work;
-  if (!starts_early(a.tiles, gridDim.x) || a.ragged()) return;
+  if (a.ragged()) return;
   if (!a.scheduler.work(a.p, blockIdx.x, work)) return;
   Job const job = job_of<Config>(a, work);
   int const thread = threadIdx.x - 128;
@@ -102,8 +98,7 @@ void launch(Arguments<typename Config::Score> const& arguments, int64_t blocks, 
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory),
                "preparing the sm90 kernel");
   });
-  bool const early = starts_early(arguments.tiles, blocks);
-  launch_dependent(kernel, {dim3(static_cast<unsigned>(blocks)), Config::threads, shared_memory, 1, early}, stream,
+  launch_dependent(kernel, {dim3(static_cast<unsigned>(blocks)), Config::threads, shared_memory, 1, true}, stream,
                    arguments, "launching the sm90 kernel");
 }
 

@@ -13,12 +13,13 @@ constexpr uint64_t keep_in_l2 = 0x14f0000000000000, drop_from_l2 = 0x12f00000000
 
 // The block's next tile after `index`. The blocks stay; where tiles can be as uneven as sequences are, a counter gives
 // each free block the next one, and otherwise they take tiles in turn, forwards and backwards like a plough, so that
-// each gets as many long as short ones.
+// each gets as many long as short ones; every two rounds begin two blocks further on, so that the same blocks do not
+// always get the shortest ones, or the places that stay empty.
 template <class Score>
 __device__ __forceinline__ uint32_t next_tile(Arguments<Score> const& a, uint32_t index) {
   if (a.p.next_tile != nullptr) return gridDim.x + atomicAdd(a.p.next_tile, 1);
-  uint32_t const row = index / gridDim.x + 1;
-  return row * gridDim.x + (row & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  uint32_t const row = index / gridDim.x + 1, column = (blockIdx.x + (row & ~1u)) % gridDim.x;
+  return row * gridDim.x + (row & 1 ? gridDim.x - 1 - column : column);
 }
 
 // One thread: tells the consumers each job, asks for its queries and, as the slots empty, for its tiles of keys and

@@ -11,8 +11,8 @@
 #include "flashcore/plan.h"
 #include "sm90/cluster.h"
 #include "sm90/dependent_launch.h"
-#include "sm90/forward_softmax.cuh"
 #include "sm90/output_row.cuh"
+#include "sm90/references.cuh"
 #include "sm90/small_tile.h"
 
 namespace flashcore::sm90 {
@@ -27,6 +27,7 @@ struct SmallConfig {
   static constexpr int head_dim = head_dim_, row_groups = row_groups_, key_groups = key_groups_, cluster = cluster_;
   static constexpr int blocks = blocks_, parts = tile.parts();
   static constexpr bool adds_sums = true;  // the rows' sums are added up, not multiplied by a column of ones
+  static constexpr bool steady = false;    // weights are relative to references: see Steady
 
   static constexpr int step = SmallTile::step, steps = tile.steps();  // keys of a product; of these a chunk
   static constexpr int tile_q = tile.tile_q(), threads = tile.threads();
@@ -41,11 +42,18 @@ struct SmallConfig {
   static_assert(panels == 1 || steps == 1);  // a chunk's values are one box: its steps lie behind each other
 };
 
+// The same without maxima, where there are many rows and nobody asks for their log-sum-exp (references.cuh).
+template <class Config>
+struct Steady : Config {
+  static constexpr bool steady = true, adds_sums = false;
+  static_assert(Config::tile.ones_bytes() == ones_bytes);
+};
+
 template <class Score>
 struct SmallArguments : Arguments<Score> {
-  int steps;                                // of a part's keys, that shared memory has room for
-  int values_at, received_at, barriers_at;  // where in shared memory these begin
-  bool alone;                               // a block has a multiprocessor for itself
+  int steps;                                         // of a part's keys, that shared memory has room for
+  int values_at, ones_at, received_at, barriers_at;  // where in shared memory these begin
+  bool alone;                                        // a block has a multiprocessor for itself
 };
 
 // --- instructions that CuTe has not, or not with the memory clobber that the compiler has to see ---------------------
@@ -107,6 +115,7 @@ struct SmallMemory {
   __device__ __forceinline__ char* values(int group, int step) const {
     return base + a.values_at + (group * a.steps + step) * Config::kv_bytes;
   }
+  __device__ __forceinline__ char* ones() const { return base + a.ones_at; }
   // What a warpgroup receives from its neighbour, and from the `sender`-th of the other blocks.
   __device__ __forceinline__ char* from_neighbour(int warpgroup) const {
     return base + a.received_at + warpgroup * Config::tile.received_bytes();
@@ -251,7 +260,8 @@ __device__ __forceinline__ void request(SmallArguments<typename Config::Score> c
 // Where a part's results of 64 rows stand: the output so far, not divided by the rows' sums, and their state.
 template <class Config>
 struct Partial {
-  float o[Config::head_dim / 2];
+  static constexpr int columns = Config::head_dim + (Config::steady ? 8 : 0);  // of the second product
+  float o[columns / 2];
   SoftmaxRow state[2];
 };
 
@@ -263,7 +273,8 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
                                        Partial<Config>& partial) {
   using Element = typename Config::Element;
   constexpr int head_dim = Config::head_dim, steps = Config::steps, step = Config::step;
-  float (&o)[head_dim / 2] = partial.o;
+  constexpr int columns = Partial<Config>::columns;
+  float (&o)[columns / 2] = partial.o;
   SoftmaxRow(&state)[2] = partial.state;
   float s[steps * step / 2], ratio[2], offset[2];
   auto const scores = [&](int i) -> float (&)[step / 2] {
@@ -271,7 +282,7 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
   };
   uint32_t weights[steps * step / 4];
 #pragma unroll
-  for (int i = 0; i < head_dim / 2; ++i) o[i] = 0.0f;
+  for (int i = 0; i < columns / 2; ++i) o[i] = 0.0f;
   int const group = warpgroup.group(), part = warpgroup.part();
   Task const& task = shared.task();
   int const count = task.count(part) * steps, first_key = task.begin(part) * steps * step;
@@ -311,15 +322,31 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
         hide(scores(j), visible(shared.task().mask, query, key));
       }
     }
-    raise_maxima(s, state, ratio, offset, a.score);
-    if (i > 0) {
+    if constexpr (Config::steady) {
+      using Reference = Reference<Element>;
+      if (i == 0) Reference::template find<Reference::seen>(s, state);
+      // Rows that see none of these, or of the chunks before.
+      if (__any_sync(0xffffffffu, state[0].max == minus_infinity() || state[1].max == minus_infinity())) {
+        Reference::template find<steps * step / 2>(s, state);
+      }
 #pragma unroll
-      for (int k = 0; k < head_dim / 2; ++k) o[k] *= ratio[k / 2 % 2];
+      for (int half = 0; half < 2; ++half) {
+        offset[half] = SoftmaxRow::offset(state[half].max, a.score.factor) + Reference::slack;
+      }
+    } else {
+      raise_maxima(s, state, ratio, offset, a.score);
+      if (i > 0) {
+#pragma unroll
+        for (int k = 0; k < head_dim / 2; ++k) o[k] *= ratio[k / 2 % 2];
+      }
     }
     // All that the block asked for is there, or about to be: the next kernel may bring its own lines into the cache.
     if (i == 0 && a.alone) launch_dependents();
     // O += P V
-    uint64_t const values = operand(address_of(shared.values(group, i)), Config::kv_panel);
+    uint32_t const values_at = address_of(shared.values(group, i));
+    uint64_t const values =
+        operand(values_at, Config::steady ? address_of(shared.ones()) - values_at : uint32_t{Config::kv_panel});
+    constexpr uint64_t next = Config::steady ? next_16_values : 16 * row_bytes / 16;
 #pragma unroll
     for (int j = 0; j < steps; ++j) {
       exponentials<Config>(scores(j), state, offset, a.score.factor);
@@ -333,7 +360,8 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
       cute::warpgroup_arrive();
 #pragma unroll
       for (int m = 0; m < step / 16; ++m) {
-        multiply_values<Element, head_dim>(o, w + 4 * m, values + (j * Config::kv_bytes + m * 16 * row_bytes) / 16);
+        uint64_t const at = Config::panels > 1 ? values + m * next : values + (j * step / 16 + m) * next;
+        multiply_values<Element, columns>(o, w + 4 * m, at);
       }
       cute::warpgroup_commit_batch();
     }
@@ -342,7 +370,17 @@ __device__ __forceinline__ void attend(SmallArguments<typename Config::Score> co
     hold(o);
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) state[half].sum = quad_sum(state[half].sum);
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (Config::steady) {
+      // What a part has lost must show however little the merge leaves of it: its sum becomes NaN. A row that sees none
+      // of the part's keys has no reference and nothing to lose.
+      float const sum = o[head_dim / 2 + 2 * half];
+      bool const whole = state[half].max == minus_infinity() || Reference<Element>::holds(sum);
+      state[half].sum = whole ? sum : __int_as_float(0x7fffffff);
+    } else {
+      state[half].sum = quad_sum(state[half].sum);
+    }
+  }
 }
 
 // --- the merge -------------------------------------------------------------------------------------------------------
@@ -454,7 +492,7 @@ __device__ __forceinline__ void write(SmallArguments<typename Config::Score> con
   int const t = threadIdx.x % 4;
   int const first = (warpgroup.group() * Config::group_pieces + warpgroup.rank() * pieces) * 8;
   float const factor[2] = {state[0].inverse_sum(), state[1].inverse_sum()};
-  if (warpgroup.part() == 0 && t == 0) {
+  if (!Config::steady && warpgroup.part() == 0 && t == 0) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (row[half].lse != nullptr && row[half].present) *row[half].lse = state[half].lse(a.score.factor);
@@ -487,6 +525,40 @@ __device__ __forceinline__ void write(SmallArguments<typename Config::Score> con
   }
 }
 
+// Whether some row of this warp has a part for which its reference did not do, or a NaN of its own.
+template <class Config>
+__device__ __forceinline__ bool lost(PlacedRow<Config> const (&row)[2], SoftmaxRow const (&state)[2]) {
+  bool const any = (row[0].present && isnan(state[0].sum)) || (row[1].present && isnan(state[1].sum));
+  return __any_sync(0xffffffffu, any);
+}
+
+// Computes this warp's rows once more and writes the part's columns. (Nothing of what is known stays in registers for
+// it.)
+template <class Config>
+__device__ __forceinline__ void write_exactly(SmallArguments<typename Config::Score> const& a,
+                                              SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup) {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  int const first_row = thread / 128 / Config::key_groups * 64 + thread % 128 / 32 * 16;
+  int const lane_row = first_row + thread % 32 / 4;
+  Task const& task = shared.task();
+  int const query[2] = {shared.query(lane_row), shared.query(lane_row + 8)};
+  constexpr int chunk = Config::steps * Config::step;
+  shared.full_queries().wait(0);  // a warpgroup without keys has not needed them so far
+  SoftmaxRow state[2];
+  float o[Config::head_dim / 2], mine[4 * Config::pieces];
+  attend_exactly<typename Config::Element>(a, task.job.sequence, task.head_k, task.mask, query,
+                                           task.range.begin * chunk, task.range.end * chunk,
+                                           address_of(shared.queries()), first_row, o, state);
+  int const own = warpgroup.group() * Config::group_pieces + warpgroup.rank() * Config::pieces;
+#pragma unroll
+  for (int i = 0; i < Config::head_dim / 2; ++i) {
+    if (i / 4 / Config::pieces * Config::pieces == own) mine[i % (4 * Config::pieces)] = o[i];
+  }
+  PlacedRow<Config> const row[2] = {{a, task.job, lane_row}, {a, task.job, lane_row + 8}};
+  write<Config>(a, row, warpgroup, state, mine);
+}
+
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 template <class Config>
@@ -510,6 +582,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
     for (int i = 0; i < Config::tile.warpgroups(); ++i) shared.received(i).init(1);
     cutlass::arch::fence_barrier_init();
   }
+  if constexpr (Config::steady) fill_ones<typename Config::Element>(shared.ones());
   Task const task = this_task<Config>(a);
   if (threadIdx.x == 32) shared.task() = task;
   prefetch<Config>(a, task);
@@ -547,7 +620,26 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
   PlacedRow<Config> const row[2] = {{a, job, lane.row}, {a, job, lane.row + 8}};
   float mine[4 * Config::pieces];
   exchange<Config>(shared, warpgroup, a.score.factor, partial, mine);
+  if constexpr (Config::steady) {
+    if (lost<Config>(row, partial.state)) return write_exactly<Config>(a, shared, warpgroup);
+  }
   write<Config>(a, row, warpgroup, partial.state, mine);
+}
+
+template <class Config>
+void launch_small(SmallArguments<typename Config::Score> const& arguments, dim3 grid, cudaStream_t stream) {
+  auto const kernel = small_kernel<Config>;
+  static OncePerDevice prepare;
+  prepare([&] {
+    constexpr int most_shared_memory = 227 * 1024;  // the same for every plan
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory),
+               "preparing the small sm90 kernel");
+    cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "preparing the small sm90 kernel");
+  });
+  launch_dependent(kernel, {grid, Config::threads, Config::tile.shared_memory(arguments.steps), Config::cluster, true},
+                   stream, arguments, "launching the small sm90 kernel");
 }
 
 template <class Config>
@@ -585,24 +677,19 @@ void run_small(ForwardParams const& p, Plan const& plan, cudaStream_t stream) {
        Config::Score::make(p.scale, p.softcap)},
       steps,
       tile.values_at(steps),
+      tile.ones_at(steps),
       tile.received_at(steps),
       tile.barriers_at(steps),
       plan.blocks <= SmallTile::units};
 
-  auto const kernel = small_kernel<Config>;
-  static OncePerDevice prepare;
-  prepare([&] {
-    constexpr int most_shared_memory = 227 * 1024;  // the same for every plan
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory),
-               "preparing the small sm90 kernel");
-    cuda_check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        "preparing the small sm90 kernel");
-  });
   dim3 const grid(static_cast<unsigned>(Config::cluster * groups), ceil_div(p.seqlen_q, queries),
                   static_cast<unsigned>(p.batch));
-  launch_dependent(kernel, {grid, Config::threads, tile.shared_memory(steps), Config::cluster, true}, stream, arguments,
-                   "launching the small sm90 kernel");
+  if constexpr (Config::tile.ones_bytes() > 0) {
+    bool const many = int64_t{p.batch} * p.heads_q * p.seqlen_q >= few_rows;
+    if (many && p.lse == nullptr && p.head_dim == Config::head_dim)
+      return launch_small<Steady<Config>>(arguments, grid, stream);
+  }
+  launch_small<Config>(arguments, grid, stream);
 }
 
 }  // namespace flashcore::sm90

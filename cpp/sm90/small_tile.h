@@ -39,10 +39,14 @@ struct SmallTile {
   // For the queries, each step's keys and values, what a warpgroup receives.
   FLASHCORE_HD constexpr int barriers() const { return 1 + key_groups * 2 * most_steps + warpgroups(); }
 
-  // The order in shared memory: queries, keys, values, what warpgroups receive, barriers, the block's own state, and
-  // which query each row of the tile is.
+  // What gives the rows' sums, where weights are relative to references: 16 rows of 128 bytes.
+  FLASHCORE_HD constexpr int ones_bytes() const { return plain_score && head_dim == 64 ? 16 * 128 : 0; }
+
+  // The order in shared memory: queries, keys, values, ones, what warpgroups receive, barriers, the block's own state,
+  // and which query each row of the tile is.
   FLASHCORE_HD constexpr int values_at(int steps) const { return q_bytes() + key_groups * steps * kv_bytes(); }
-  FLASHCORE_HD constexpr int received_at(int steps) const { return values_at(steps) + key_groups * steps * kv_bytes(); }
+  FLASHCORE_HD constexpr int ones_at(int steps) const { return values_at(steps) + key_groups * steps * kv_bytes(); }
+  FLASHCORE_HD constexpr int received_at(int steps) const { return ones_at(steps) + ones_bytes(); }
   FLASHCORE_HD constexpr int barriers_at(int steps) const {
     return received_at(steps) + warpgroups() * received_bytes();
   }

@@ -12,6 +12,7 @@
 #include "sm90/dependent_launch.h"
 #include "sm90/forward_output.cuh"
 #include "sm90/output_row.cuh"
+#include "sm90/references.cuh"
 #include "sm90/stream_tile.h"
 
 namespace flashcore::sm90 {
@@ -24,7 +25,17 @@ struct StreamConfig {
   static constexpr int head_dim = Tile::head_dim, tile_q = Tile::tile_q, tile_k = Tile::tile_k;
   static constexpr int threads = Tile::threads, warps = threads / 32, buffers = Tile::buffers;
   static constexpr int bytes = tile_k * row_bytes;  // of a tile of queries, a chunk's keys, its values
+  static constexpr bool steady = false;             // weights are relative to references: see Steady
+  static constexpr int columns = head_dim;          // of the second product
   static_assert(head_dim == panel_columns && tile_q == tile_k && buffers == 2 && Tile::warpgroups == 2);
+};
+
+// The same without maxima (references.cuh), where there are many rows, nobody asks for their log-sum-exp and TMA takes
+// the output.
+template <class Config>
+struct SteadyStream : Config {
+  static constexpr bool steady = true;
+  static constexpr int columns = Config::head_dim + 8;
 };
 
 struct StreamArguments : Arguments<PlainScore> {
@@ -46,9 +57,11 @@ struct StreamMemory {
   alignas(1024) char q[Config::buffers][Config::bytes];
   alignas(1024) char k[Config::buffers][Config::bytes];
   alignas(1024) char v[Config::buffers][Config::bytes];
+  alignas(16) char ones[ones_bytes];
   Barrier q_full[Config::buffers], k_full[Config::buffers], v_full[Config::buffers];
   Barrier q_empty[Config::buffers], k_empty[Config::buffers], v_empty[Config::buffers];
-  float factor;  // of the score
+  float factor;   // of the score
+  int job_count;  // of the block
   StreamJob jobs[StreamTile::most_jobs];
 };
 
@@ -97,7 +110,12 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
   constexpr int head_dim = Config::head_dim, tile_k = Config::tile_k;
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<StreamMemory<Config>*>(memory);
-  int const jobs = __shfl_sync(0xffffffffu, stream_jobs(a), 0);
+  // Read anew where it is needed: it does not stay in a register during the loop.
+  auto const job_count = [&] {
+    int count;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(count) : "r"(cute::cast_smem_ptr_to_uint(&shared.job_count)));
+    return count;
+  };
   // Everything up to wait_for_prerequisites() may run while the kernel before still works: it reads and writes no
   // array.
   if (threadIdx.x == 64) {
@@ -113,8 +131,12 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&a.k));
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&a.v));
   }
-  if (threadIdx.x < jobs) shared.jobs[threadIdx.x] = stream_job(a, threadIdx.x);
+  if (int const jobs = stream_jobs(a); threadIdx.x < jobs) {
+    shared.jobs[threadIdx.x] = stream_job(a, threadIdx.x);
+    shared.job_count = jobs;
+  }
   if (threadIdx.x == 128) shared.factor = a.score.factor;
+  if constexpr (Config::steady) fill_ones<Element>(shared.ones);
   prefetch<Config>(a);
   __syncthreads();
   wait_for_prerequisites();
@@ -126,13 +148,13 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
     cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), hint, to, 0, 0, row, head, sequence);
   };
   auto const load_queries = [&](int job) {
-    if (job >= jobs) return;
+    if (job >= job_count()) return;
     JobPlace const& place = shared.jobs[job].place;
     load(a.q, shared.q[job % 2], shared.q_full[job % 2], place.first, place.head, place.sequence);
   };
   auto const load_chunk = [&](CUtensorMap const& map, char* to, Barrier& full, int job, int i) {
     for (; i >= a.chunks; i -= a.chunks) ++job;
-    if (job >= jobs) return;
+    if (job >= job_count()) return;
     StreamJob const& from = shared.jobs[job];
     load(map, to, full, i * tile_k, from.head_k, from.place.sequence);
   };
@@ -169,11 +191,13 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
     if (threadIdx.x % 32 == 0) empty.arrive();
   };
 
-  float o[head_dim / 2], s[tile_k / 2];
+  constexpr int columns = Config::columns;
+  float o[columns / 2], s[tile_k / 2];
   uint32_t weights[tile_k / 4];
   SoftmaxRow state[2];
+  float offset[2];
 #pragma unroll
-  for (int i = 0; i < head_dim / 2; ++i) o[i] = 0.0f;
+  for (int i = 0; i < columns / 2; ++i) o[i] = 0.0f;
   // One warpgroup's exponentials meet the other's products: they take turns, the first one first.
   auto const take_turn = [&] { cutlass::arch::NamedBarrier::sync(Config::threads, 1 + warpgroup); };
   auto const pass_turn = [&](uint32_t none) {
@@ -198,7 +222,7 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
   while (true) {
     int const buffer = chunk & 1;
     uint32_t const phase = chunk >> 1 & 1;
-    bool const last = i == a.chunks - 1, ends = last && job == jobs - 1;
+    bool const last = i == a.chunks - 1, ends = last && job == job_count() - 1;
     if (i == 0) shared.q_full[job % 2].wait(job / 2 & 1);
     if (chunk == 0) launch_dependents();
     shared.k_full[buffer].wait(phase);
@@ -224,7 +248,7 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
         asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
         shared.q_empty[job % 2 ^ 1].arrive();
       }
-      if (threadIdx.x == 192 && job + 1 < jobs) {
+      if (threadIdx.x == 192 && job + 1 < job_count()) {
         shared.q_empty[job % 2 ^ 1].wait((job - 1) / 2 & 1);
         load_queries(job + 1);
       }
@@ -237,11 +261,20 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
       int const end = a.p.seqlen_k % tile_k - Lane::column();
       hide(s, Visible{{0, 0}, {end, end}});
     }
-    float ratio[2], offset[2];
-    raise_maxima(s, state, ratio, offset, a.score);
-    if (i > 0) {
+    using Reference = Reference<Element>;
+    if constexpr (!Config::steady) {
+      float ratio[2];
+      raise_maxima(s, state, ratio, offset, a.score);
+      if (i > 0) {
 #pragma unroll
-      for (int j = 0; j < head_dim / 2; ++j) o[j] *= ratio[j / 2 % 2];
+        for (int j = 0; j < head_dim / 2; ++j) o[j] *= ratio[j / 2 % 2];
+      }
+    } else if (i == 0) {
+      Reference::template find<Reference::seen>(s, state);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        offset[half] = SoftmaxRow::offset(state[half].max, a.score.factor) + Reference::slack;
+      }
     }
     // What the exponentials need is read behind the barrier, or `ptxas` would begin them before it.
     take_turn();
@@ -250,10 +283,14 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
                  : "=f"(factor)
                  : "r"(cute::cast_smem_ptr_to_uint(&shared.factor))
                  : "memory");
+    if constexpr (!Config::steady) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) offset[half] = SoftmaxRow::offset(state[half].max, factor);
+      for (int half = 0; half < 2; ++half) offset[half] = SoftmaxRow::offset(state[half].max, factor);
+    }
     // O += P V, the first half of the keys while the other half's exponentials run.
-    uint64_t const values = operand(cute::cast_smem_ptr_to_uint(shared.v[buffer]), 0);
+    uint32_t const values_at = cute::cast_smem_ptr_to_uint(shared.v[buffer]);
+    uint64_t const values = operand(values_at, cute::cast_smem_ptr_to_uint(shared.ones) - values_at);
+    constexpr uint64_t next = Config::steady ? next_16_values : 16 * row_bytes / 16;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       auto& part = reinterpret_cast<float (&)[tile_k / 4]>(s[j * tile_k / 4]);
@@ -263,9 +300,10 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
       for (int m = 0; m < tile_k / 4; m += 8) {
         float x[8];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) x[k] = exp2_of(part[m + k] * a.score.factor - offset[k / 2 % 2]);
+        for (int k = 0; k < 8; ++k) x[k] = exp2_of(part[m + k] * factor - offset[k / 2 % 2]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) w[m / 2 + k] = Precision<Element>::pack(x[2 * k], x[2 * k + 1]);
+        if constexpr (Config::steady) continue;
         state[0].sum += (x[0] + x[1]) + (x[4] + x[5]);
         state[1].sum += (x[2] + x[3]) + (x[6] + x[7]);
       }
@@ -278,7 +316,7 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
       cute::warpgroup_arrive();
 #pragma unroll
       for (int m = 0; m < tile_k / 32; ++m) {
-        multiply_values<Element, head_dim>(o, w + 4 * m, values + (j * tile_k / 2 + m * 16) * row_bytes / 16);
+        multiply_values<Element, columns>(o, w + 4 * m, values + (j * tile_k / 32 + m) * next);
       }
       cute::warpgroup_commit_batch();
     }
@@ -297,17 +335,28 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      state[half].sum = quad_sum(state[half].sum);
+      state[half].sum = Config::steady ? o[head_dim / 2 + 2 * half] : quad_sum(state[half].sum);
+    }
+    if constexpr (Config::steady) {
+      bool const lost = !Reference::holds(state[0].sum) || !Reference::holds(state[1].sum);
+      if (__any_sync(0xffffffffu, lost)) {
+        Mask const all = Mask::make(a.p.seqlen_q, a.p.seqlen_k, unlimited, unlimited);
+        attend_exactly<Element>(a, place.sequence, shared.jobs[job].head_k, all, {0, 0}, 0, a.p.seqlen_k,
+                                cute::cast_smem_ptr_to_uint(shared.q[job % 2]), warp_row, o, state);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       inverse[half] = state[half].sum == 0.0f ? 0.0f : reciprocal(state[half].sum);  // 0: all scores are -inf
     }
-    if (a.p.lse != nullptr && lane % 4 == 0) {
+    if (!Config::steady && a.p.lse != nullptr && lane % 4 == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         PlacedRow<Config> const out(a, place, row + half * 8);
         if (out.present) *out.lse = state[half].lse(a.score.factor);
       }
     }
-    if (a.stores_by_tma) {
+    if (Config::steady || a.stores_by_tma) {
       char* const rows = shared.q[job % 2] + warp_row * row_bytes;
       uint32_t const to = cute::cast_smem_ptr_to_uint(rows) + lane % 16 * row_bytes;
 #pragma unroll
@@ -339,11 +388,30 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
     if (ends) break;
     state[0] = {}, state[1] = {};
 #pragma unroll
-    for (int j = 0; j < head_dim / 2; ++j) o[j] = 0.0f;
+    for (int j = 0; j < columns / 2; ++j) o[j] = 0.0f;
     i = 0;
     ++job;
   }
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+template <class Config>
+void launch_stream(StreamArguments const& arguments, int64_t blocks, cudaStream_t stream) {
+  auto const kernel = stream_kernel<Config>;
+  static_assert(sizeof(StreamMemory<Config>) <= StreamTile::shared_memory);
+  static_assert(StreamTile::blocks_a_unit * (StreamTile::shared_memory + 1024) <= 228 * 1024);
+  static OncePerDevice prepare;
+  prepare([&] {
+    char const* const preparing = "preparing the stream sm90 kernel";
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, StreamTile::shared_memory),
+               preparing);
+    cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        preparing);
+  });
+  launch_dependent(kernel,
+                   {dim3(static_cast<unsigned>(blocks)), Config::threads, StreamTile::shared_memory, 1, /*early=*/true},
+                   stream, arguments, "launching the stream sm90 kernel");
 }
 
 template <class Config>
@@ -373,21 +441,12 @@ void run_stream(ForwardParams const& p, Plan const& plan, bool stores_by_tma, cu
                                   ceil_div(p.seqlen_q, Config::tile_q),
                                   ceil_div(p.seqlen_k, Config::tile_k),
                                   0};
-  auto const kernel = stream_kernel<Config>;
-  static_assert(sizeof(StreamMemory<Config>) <= StreamTile::shared_memory);
-  static_assert(StreamTile::blocks_a_unit * (StreamTile::shared_memory + 1024) <= 228 * 1024);
-  static OncePerDevice prepare;
-  prepare([&] {
-    char const* const preparing = "preparing the stream sm90 kernel";
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, StreamTile::shared_memory),
-               preparing);
-    cuda_check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        preparing);
-  });
-  launch_dependent(
-      kernel, {dim3(static_cast<unsigned>(plan.blocks)), Config::threads, StreamTile::shared_memory, 1, /*early=*/true},
-      stream, arguments, "launching the stream sm90 kernel");
+  bool const many = int64_t{p.batch} * p.heads_q * p.seqlen_q >= few_rows;
+  if (many && p.lse == nullptr && stores_by_tma && p.head_dim == Config::head_dim) {
+    launch_stream<SteadyStream<Config>>(arguments, plan.blocks, stream);
+  } else {
+    launch_stream<Config>(arguments, plan.blocks, stream);
+  }
 }
 
 }  // namespace flashcore::sm90

@@ -15,7 +15,7 @@ struct StreamTile {
   static constexpr int blocks_a_unit = 2;     // of a multiprocessor
   static constexpr int units = 132;           // multiprocessors of the devices that numbers here are for
   static constexpr int most_jobs = 32;        // tiles of queries of a block
-  static constexpr int control_bytes = 2048;  // barriers and the block's jobs
+  static constexpr int control_bytes = 4096;  // ones, barriers and the block's jobs
 
   // Queries, keys and values in rows of 128 bytes.
   static constexpr int shared_memory = buffers * (tile_q + 2 * tile_k) * 128 + control_bytes;

@@ -82,6 +82,14 @@ __device__ __forceinline__ void hold(float (&x)[n]) {
   for (int i = 0; i < n; ++i) cute::warpgroup_fence_operand(x[i]);
 }
 
+// Tells the compiler that what the registers hold is of no use, before a product that sets them: ptxas keeps them apart
+// from the last product's (at head dimension 64 it found no registers otherwise, C7511).
+template <int n>
+__device__ __forceinline__ void forget(float (&x)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "=f"(x[i])::"memory");
+}
+
 // accumulators (+)= 64 rows of queries × n keys, over 16 columns; both operands' K runs along their rows.
 template <class Element, int n>
 __device__ __forceinline__ void multiply_keys(float (&s)[n / 2], uint64_t q, uint64_t k, bool add) {
