@@ -5,8 +5,9 @@ kernels consist of what they were written for.
 python .ci/check_kernels.py <cuobjdump> <module>, with nvdisasm beside cuobjdump. Prints how many registers the kernels
 use and how many of Hopper's instructions there are; exits with 1 and names the kernels where one has a stack (spilled
 registers, arrays that the compiler could not keep in registers) or local memory, where a forward kernel for sm_90a,
-or one for small problems or streams of them, has no wgmma (HGMMA) or no TMA load (UTMALDG), or one for decoding no
-TMA load, or where the module holds no kernel, or none for sm_90a, at all.
+or one for small problems or streams of them, or the one for decoding with turned products, has no wgmma (HGMMA) or no
+TMA load (UTMALDG), or the other one for decoding no TMA load, or where the module holds no kernel, or none for sm_90a,
+at all.
 """
 
 import os
@@ -21,6 +22,7 @@ NEEDED = {
     "small_kernel": ("HGMMA", "UTMALDG"),
     "stream_kernel": ("HGMMA", "UTMALDG"),
     "decode_kernel": ("UTMALDG",),
+    "decode_turned_kernel": ("HGMMA", "UTMALDG"),
 }
 HOPPER = ("HGMMA", "UTMALDG")
 FORBIDDEN = ("LDL", "STL")  # local memory: what the resource usage calls a stack

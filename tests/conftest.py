@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from arrays import Arrays, devices, on, torch
+from arrays import Arrays, backends, devices, on, torch
 
 
 def pytest_addoption(parser):
@@ -46,10 +46,20 @@ def arrays(device) -> Arrays:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch):
-    """FLASHCORE_CHECK in the environment would hide what happens without it, FLASHCORE_SM90_KERNEL a kernel."""
-    for name in ("FLASHCORE_CHECK", "FLASHCORE_SM90_KERNEL"):
+    """FLASHCORE_CHECK in the environment would hide what happens without it, the others a kernel."""
+    for name in ("FLASHCORE_CHECK", "FLASHCORE_SM90_KERNEL", "FLASHCORE_SM90_DECODE"):
         if name in os.environ:
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(params=["chosen", "turned"])
+def decode_kernel(request, device, monkeypatch) -> str:
+    """The decode kernel that plan() chooses; and on a Hopper GPU the one with turned products, wherever it can run."""
+    if request.param != "chosen":
+        if "sm90" not in backends(device):
+            pytest.skip("a Hopper GPU's")
+        monkeypatch.setenv("FLASHCORE_SM90_DECODE", request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ test_gpu_code.py and for compute-sanitizer. Prints a line for each kernel that r
 
     python tests/gpu_instances.py [PART ...]
 
-A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all) or "small"
-(with the stream kernel). Without parts: all that the GPU has. A part can also be a dtype or a head dimension: then the
-forward kernels' and decode's others are left out (for compute-sanitizer, under which all of them take minutes)."""
+A part is a backend's forward kernels, or "combine", "decode" (of the backends that are named, or all), "turned" (sm90's
+other kernel for that) or "small" (with the stream kernel). Without parts: all that the GPU has. A part can also be a
+dtype or a head dimension: then the forward kernels' and decode's others are left out (for compute-sanitizer, under
+which all of them take minutes)."""
 
 from __future__ import annotations
 
@@ -173,11 +174,14 @@ def varlen(backend: str) -> None:
 
 # Tokens, heads_q, heads_k: one slice of rows, two, and several tiles of them; on Hopper parts and clusters.
 DECODED = ((1, 4, 2), (3, 16, 2), (5, 22, 2), (1, 16, 8), (8, 32, 8))
+# The kernel with turned products: tiles of 8, 16 and 32 rows, parts that a kernel merges, and clusters.
+TURNED = ((1, 4, 2), (1, 16, 8), (4, 16, 4), (4, 32, 8), (3, 16, 2), (8, 32, 8))
 
 
 def decode(machines) -> set[str]:
     """Sequences of all kinds of lengths and single ones, whole and divided among blocks, contiguous and in pages, with
     new tokens, on each machine's kernel."""
+    os.environ["FLASHCORE_SM90_DECODE"] = "straight"
     ran = set()
     case = 0
     for dtype in DTYPES:
@@ -190,6 +194,20 @@ def decode(machines) -> set[str]:
     return ran
 
 
+def turned() -> set[str]:
+    """The same for sm90's kernel with turned products, which takes a single sequence, or a few."""
+    os.environ["FLASHCORE_SM90_DECODE"] = "turned"
+    ran = set()
+    case = 0
+    for dtype in DTYPES:
+        for head_dim in (d for d in HEAD_DIMS + PADDED if d <= 128):
+            for tokens, *heads in TURNED if head_dim in (64, 128) else TURNED[:2]:
+                for lengths in ([1700], [30]) if heads[1] < 8 else ([1700], [700, 64]):
+                    case += 1
+                    ran.add(decode_once(dtype, head_dim, tokens, tuple(heads), lengths, case, "sm90"))
+    return ran
+
+
 def decode_once(
     dtype: str, head_dim: int, tokens: int, heads: tuple, lengths: list[int], case: int, backend: str
 ) -> str:
@@ -198,7 +216,8 @@ def decode_once(
     decoding = make_decoding(cpu, lengths, tokens, heads, head_dim, dtype, new=new, page_size=page_size, seed=case)
     given = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in decoding.keywords().items()}
     arrays = [x.cuda() for x in (decoding.query, decoding.key_cache, decoding.value_cache, decoding.seqlens())]
-    given.update(options.keywords(), batch_invariant=case % 5 == 0, backend=backend)
+    invariant = case % 5 == 0 and os.environ["FLASHCORE_SM90_DECODE"] != "turned"  # which is not for that
+    given.update(options.keywords(), batch_invariant=invariant, backend=backend)
     out, lse = flashcore.attention_kvcache(*arrays, return_lse=True, **given)
     what = f"decode {backend} {dtype} {head_dim} {tokens} {heads} {lengths} {options}"
     decoding.check(out.cpu(), lse.cpu(), options, what)
@@ -240,9 +259,11 @@ if __name__ == "__main__":
     if dims := [int(part) for part in sys.argv[1:] if part.isdigit()]:
         HEAD_DIMS, PADDED = (tuple(d for d in of if d in dims) for of in (HEAD_DIMS, PADDED))
     named = [part for part in parts if part in machines] or machines
-    alone = {"combine": combine, "decode": lambda: decode(named), "small": small}
+    alone = {"combine": combine, "decode": lambda: decode(named)}
+    if "sm90" in machines:
+        alone.update(turned=turned, small=small)
     ran = set()
-    for part in parts or [*(name for name in alone if name != "small" or "sm90" in machines), *machines]:
+    for part in parts or [*alone, *machines]:
         if part in alone:
             ran |= alone[part]()
         else:

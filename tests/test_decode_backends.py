@@ -5,6 +5,10 @@ other. Batches are chosen so that Hopper's kernel divides the keys in both of it
 
 from __future__ import annotations
 
+import itertools
+import os
+from unittest.mock import patch
+
 import pytest
 from arrays import backends
 from kvcache import make
@@ -22,12 +26,21 @@ OPTIONS = (
 )
 
 
+def kernels(device, head_dim):
+    """The device's machines, and what FLASHCORE_SM90_DECODE says: the turned kernel has up to 128 columns."""
+    for backend in backends(device):
+        yield backend, "straight"
+        if backend == "sm90" and head_dim <= 128:
+            yield backend, "turned"
+
+
 def both(arrays, lengths, tokens, heads, head_dim, options, what, **more):
     results = []
     call = {name: more.pop(name) for name in ("batch_invariant",) if name in more}
-    for backend in backends(arrays.device):
+    for backend, kernel in kernels(arrays.device, head_dim):
         decoding = make(arrays, lengths, tokens, heads, head_dim, **more)
-        results.append(decoding.run(options, f"{backend} {what}", backend=backend, **call))
+        with patch.dict(os.environ, FLASHCORE_SM90_DECODE=kernel):
+            results.append(decoding.run(options, f"{backend} {kernel} {what}", backend=backend, **call))
     for out, lse in results[1:]:
         first, other = arrays.float64(results[0][0]), arrays.float64(out)  # up to a rounding to bfloat16
         assert bool((abs(other - first) <= 1e-2 + abs(first) / 64).all()), what
@@ -54,6 +67,31 @@ def test_head_dims_and_groups(arrays, head_dim):
     for i, (heads, tokens) in enumerate((((2, 2), 1), ((7, 1), 3), ((20, 1), 1), ((6, 2), 16), ((40, 1), 2))):
         for lengths in ([900], [65, 900, 0] * 4):
             both(arrays, lengths, tokens, heads, head_dim, OPTIONS[i % 4], f"{heads} {tokens} {lengths}", seed=i)
+
+
+@pytest.mark.parametrize("page_size", [0, 16, 64, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_one_long_sequence(arrays, tokens, page_size):
+    """Which plan() gives to the turned kernel on Hopper, if its rows fit a tile."""
+    cases = (((16, 8), 64, 4100), ((8, 4), 128, 5000), ((12, 2), 128, 6100))
+    for i, (heads, head_dim, length) in enumerate(cases):
+        options, new = OPTIONS[(i + tokens) % 4], (0, tokens, 3)[i]
+        what = f"{length}, {heads}, {tokens} tokens, {new} new, {options}"
+        both(arrays, [length], tokens, heads, head_dim, options, what, new=new, page_size=page_size, seed=i)
+
+
+def test_scores_that_rise(arrays):
+    """From tile to tile beyond what the weights' references leave room for, and fall again; all of one sign, and far
+    from zero."""
+    for tokens, rows in ((1, (8, 2)), (4, (16, 2))):
+        for factor in (6.0, 40.0, -6.0):
+            for backend, kernel in kernels(arrays.device, 128):
+                decoding = make(arrays, [6000], tokens, rows, 128, seed=tokens)
+                decoding.key_cache[0, 2000:] *= factor
+                decoding.key_cache[0, 5000:] *= 0
+                decoding.keys[0] = decoding.key_cache[0]
+                with patch.dict(os.environ, FLASHCORE_SM90_DECODE=kernel):
+                    decoding.run(Options(), f"{backend} {kernel} {tokens} {factor}", backend=backend)
 
 
 @pytest.mark.parametrize("page_size", [0, 64, 256])
@@ -85,8 +123,8 @@ def test_new_tokens_fill_tiles(arrays, page_size):
 
 
 def test_batch_invariant(arrays):
-    for lengths in ([9000], [9000, 0, 255, 256, 4000, 17]):
-        both(arrays, lengths, 2, (8, 2), 64, Options(causal=True), f"{lengths}", batch_invariant=True)
+    for head_dim, lengths in itertools.product((64, 128), ([9000], [9000, 0, 255, 256, 4000, 17])):
+        both(arrays, lengths, 2, (8, 2), head_dim, Options(causal=True), f"{lengths}", batch_invariant=True)
 
 
 def test_a_hopper_gpu_decodes_on_its_own_kernel(arrays):

@@ -224,9 +224,10 @@ def test_plan(device, gpu, head_dim, rows):
 @pytest.mark.parametrize("gpu", HOPPER)
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 136, 192, 200, 256])
 @pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 16), (16, 8)])
-def test_plan_on_hopper(device, gpu, head_dim, rows):
+def test_plan_on_hopper(device, monkeypatch, gpu, head_dim, rows):
     tokens, group = rows
     for batch, page_size in ((1, 0), (1, 16), (40, 0), (40, 256)):
+        monkeypatch.setenv("FLASHCORE_SM90_DECODE", "straight")
         p = decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size)
         assert p.backend == "sm90" and p.tile_k == TILE and p.packed_heads == group
         assert p.head_dim == next(d for d in (64, 128, 192, 256) if d >= head_dim)
@@ -248,6 +249,51 @@ def test_plan_on_hopper(device, gpu, head_dim, rows):
         stage = 2 * 64 * 128 * -(-p.head_dim // 64)
         assert p.shared_memory >= 2 * stage  # two tiles on their way
         assert decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size, backend="sm90") == p
+
+        # The kernel with turned products divides them alike.
+        monkeypatch.setenv("FLASHCORE_SM90_DECODE", "turned")
+        turned = decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size)
+        if batch > 1 or row_tiles > 1 or p.head_dim > 128:
+            assert turned == p
+            continue
+        assert turned.kernel == "sm90_decode_turned" and turned.threads == 320
+        assert turned.tile_q == next(n for n in (8, 16, 32) if n >= tokens * group)
+        assert (turned.blocks, turned.splits, turned.workspace) == (p.blocks, p.splits, p.workspace)
+        assert 2 * stage <= turned.shared_memory <= 228 * 1024 // 2 - 1024
+
+
+def turned(*args, **options) -> bool:
+    kernel = decode_plan("h100", *args, **options).kernel
+    assert kernel in ("sm90_decode", "sm90_decode_turned")
+    return kernel == "sm90_decode_turned"
+
+
+def test_plan_of_turned_products(device, monkeypatch):
+    """One sequence, or a few in clusters, from where that is faster."""
+    for head_dim in (64, 72, 128):
+        for tokens, least_keys in ((1, 64), (2, 64), (3, 1024), (4, 1024), (5, 2048), (8, 2048)):
+            for page_size in (0, 16, 256):
+                keys = max(least_keys, page_size)
+                assert turned(1, tokens, head_dim=head_dim, keys=keys, page_size=page_size)
+            assert least_keys < 1024 or not turned(1, tokens, head_dim=head_dim, keys=least_keys - 64)
+        for heads_k in (1, 2, 4, 8, 64):
+            assert turned(1, heads_q=4 * heads_k, heads_k=heads_k, head_dim=head_dim, keys=8192)
+        assert turned(2, head_dim=head_dim, keys=8192) and turned(2, 4, head_dim=head_dim, keys=8192)
+        assert turned(2, 8, head_dim=head_dim, keys=8192) == (head_dim == 64)
+        # Several tiles of rows; parts that only the lengths say.
+        assert not turned(1, 9, head_dim=head_dim, keys=8192) and not turned(8, head_dim=head_dim, keys=8192)
+    assert not turned(1, head_dim=136) and not turned(1, head_dim=256)
+    # A sequence's kernel must not depend on its neighbours, nor on the room in the cache, where that is asked for.
+    assert not any(turned(batch, keys=keys, batch_invariant=True) for batch in (1, 2, 8) for keys in (64, 32768))
+    monkeypatch.setenv("FLASHCORE_SM90_DECODE", "straight")
+    assert not turned(1, keys=8192)
+    monkeypatch.setenv("FLASHCORE_SM90_DECODE", "turned")
+    assert turned(1, 8, keys=64) and not turned(8, keys=8192) and not turned(1, keys=8192, batch_invariant=True)
+    monkeypatch.setenv("FLASHCORE_SM90_DECODE", "")
+    assert turned(1, keys=8192)
+    monkeypatch.setenv("FLASHCORE_SM90_DECODE", "wgmma")
+    with pytest.raises(ValueError, match="FLASHCORE_SM90_DECODE.*wgmma"):
+        decode_plan("h100")
 
 
 def clusters(plan) -> int:
@@ -287,11 +333,14 @@ def test_plan_of_clusters(device):
         assert p.splits == (2 if heads_k == 4 else 1)
     for options in ({"tokens": 9}, {"batch": 5}, {"keys": 256}):
         p = decode_plan("h100", **options)
-        assert p.kernel == "sm90_decode" and p.workspace > 0 and clusters(p) == 1, options
+        assert p.backend == "sm90" and p.workspace > 0 and clusters(p) == 1, options
 
 
 def test_plan_keeps_memory_busy(device):
     """On Hopper tiles of 128 KiB and more on their way to a multiprocessor; forced, sm80 has 64."""
+    for tokens, head_dim in itertools.product((1, 4, 8), (64, 128)):
+        p = decode_plan("h100", 1, tokens, head_dim=head_dim, keys=8192)
+        assert p.kernel == "sm90_decode_turned" and 2 * (p.shared_memory - 18 * 1024) >= 160 << 10
     for head_dim in (64, 128):
         p = decode_plan("h100", 8, head_dim=head_dim, keys=8192)
         assert p.kernel == "sm90_decode" and 2 * (p.shared_memory - 2048 - p.tile_q * p.head_dim * 2) >= 128 << 10
@@ -394,7 +443,7 @@ def test_plan_of_equal_lengths(device):
         p = flashcore.plan(
             (batch, tokens, 32, 128), (batch, 8192, 8, 128), (batch, 8192, 8, 128), dtype="bfloat16", device="h100"
         )
-        assert p.kernel == "sm90_decode" and clusters(p) == cluster and p.blocks == batch * 8 * cluster <= 128
+        assert p.backend == "sm90" and clusters(p) == cluster and p.blocks == batch * 8 * cluster <= 128
         assert p.blocks <= 128 and p.workspace == 0
 
 

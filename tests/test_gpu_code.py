@@ -45,6 +45,8 @@ def test_every_instance_of_this_gpu(device):
             if backend == "sm90":
                 tiles = {(d, rows) for d in (64, 128, 192, 256) for rows in ((16, 32) if d <= 128 else (16,))}
                 assert all(f"sm90_decode {dtype} head_dim {d} tile {rows} x 64" in ran for d, rows in tiles)
+                turned = [(d, rows) for d in (64, 128) for rows in (8, 16, 32)]
+                assert all(f"sm90_decode_turned {dtype} head_dim {d} tile {rows} x 64" in ran for d, rows in turned)
             if backend == "sm90":  # the small kernel's tiles: head dimension, rows, threads, splits
                 plain = [(64, rows, 2 * rows * groups, groups * blocks) for rows, groups, blocks in SMALL_FORMS]
                 plain += [(128, 64, 128, 1), (128, 64, 256, 4), (128, 64, 256, 8)]

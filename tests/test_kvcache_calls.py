@@ -183,11 +183,11 @@ def guarded_call(arrays, lengths, pages, new):
     """Calls attention_kvcache on 12 pages between guards of poison; all rows of the cache are finite. Returns what was
     raised, and what was placed."""
     shapes = {
-        "query": (3, 2, 4, 64),
-        "key_cache": (12, 16, 2, 64),
-        "value_cache": (12, 16, 2, 64),
-        "key": (3, new, 2, 64),
-        "value": (3, new, 2, 64),
+        "query": (3, 2, 4, 128),
+        "key_cache": (12, 16, 2, 128),
+        "value_cache": (12, 16, 2, 128),
+        "key": (3, new, 2, 128),
+        "value": (3, new, 2, 128),
     }
     placed = {
         name: place(arrays, shape, arrays.half, "contiguous", arrays.random(shape, arrays.half, 91 + i))
@@ -230,7 +230,7 @@ def test_corrupt_values_are_refused(arrays, monkeypatch, name):
 
 @pytest.mark.parametrize("name", CORRUPT)
 @pytest.mark.parametrize("new", [0, 3])
-def test_corrupt_values_on_the_gpu_touch_nothing_outside(arrays, name, new):
+def test_corrupt_values_on_the_gpu_touch_nothing_outside(arrays, decode_kernel, name, new):
     """Without the check: no error, nothing outside the arrays read (guards are NaN) or written, and the other
     sequences' results are what they are."""
     if not arrays.on_gpu:
@@ -249,11 +249,11 @@ def test_corrupt_values_on_the_gpu_touch_nothing_outside(arrays, name, new):
         assert p.surroundings_intact()
 
 
-def test_keys_in_missing_pages_are_left_out(arrays):
+def test_keys_in_missing_pages_are_left_out(arrays, decode_kernel):
     """On the GPU: as if the keys of such a page were not there."""
     if not arrays.on_gpu:
         pytest.skip("values of CPU arrays are always checked")
-    decoding = make(arrays, [60, 100], 1, (4, 2), 64, page_size=16, seed=5)
+    decoding = make(arrays, [60, 100], 1, (4, 2), 128, page_size=16, seed=5)
     decoding.table[1][2] = -7
     out, lse = decoding.call()
     for kept in (decoding.keys, decoding.values):
@@ -284,7 +284,7 @@ def decodings(arrays, count):
         )
 
 
-def test_two_streams_at_once(arrays):
+def test_two_streams_at_once(arrays, decode_kernel):
     gpu_only(arrays)
     work = list(decodings(arrays, 4))
     alone = [w.call(causal=True) for w in work]
@@ -339,7 +339,7 @@ class Captured:
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("page_size", [0, 64])
-def test_graph_replayed_with_other_lengths(arrays, page_size, batch_invariant):
+def test_graph_replayed_with_other_lengths(arrays, decode_kernel, page_size, batch_invariant):
     """What is captured with some lengths is right for others: the work is divided on the device."""
     gpu_only(arrays)
     decoding = make(arrays, [5000, 64, 9000, 1], 2, (8, 2), 128, page_size=page_size, capacity=9216, seed=3)
@@ -374,7 +374,7 @@ def test_corrupt_lengths_of_prompts_touch_nothing_outside(arrays, lengths):
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("page_size", [0, 64])
-def test_lengths_written_right_ahead_of_the_call(arrays, page_size, batch_invariant):
+def test_lengths_written_right_ahead_of_the_call(arrays, decode_kernel, page_size, batch_invariant):
     """A kernel that starts while the one ahead ends looks at the lengths then: what counts is what they become."""
     gpu_only(arrays)
     for count in (1, 5, 12):
@@ -399,7 +399,7 @@ def test_lengths_written_right_ahead_of_the_call(arrays, page_size, batch_invari
             assert all(arrays.same_bits(a, b) for a, b in zip(result, expected[i % len(now)], strict=True)), i
 
 
-def test_two_graphs_side_by_side(arrays):
+def test_two_graphs_side_by_side(arrays, decode_kernel):
     """Replayed at once on two streams, each with a workspace of its own."""
     gpu_only(arrays)
     work = list(decodings(arrays, 2))
@@ -416,7 +416,7 @@ def test_two_graphs_side_by_side(arrays):
         assert arrays.same_bits(g.out, expected[0]) and arrays.same_bits(g.lse, expected[1])
 
 
-def test_calls_one_after_another(arrays):
+def test_calls_one_after_another(arrays, decode_kernel):
     """A call's workspace becomes the next one's: the merge of the one is done before the other writes."""
     gpu_only(arrays)
     work = list(decodings(arrays, 3))

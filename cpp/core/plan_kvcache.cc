@@ -13,6 +13,7 @@
 #include "core/problem_facts.h"
 #include "flashcore/flashcore.h"
 #include "sm90/decode_tile.h"
+#include "sm90/decode_turned_tile.h"
 
 namespace flashcore {
 namespace {
@@ -26,6 +27,11 @@ constexpr HopperDecodeTile sm90_tiles[] = {
 #define FLASHCORE_SM90_DECODE(...) {__VA_ARGS__},
 #include "sm90/decode_tiles.inc"
 #undef FLASHCORE_SM90_DECODE
+};
+constexpr TurnedDecodeTile turned_tiles[] = {
+#define FLASHCORE_SM90_DECODE_TURNED(...) {__VA_ARGS__},
+#include "sm90/decode_turned_tiles.inc"
+#undef FLASHCORE_SM90_DECODE_TURNED
 };
 
 // The smallest instance that holds the head dimension; with two slices of rows where one is not enough for all.
@@ -254,7 +260,7 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
   return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false, 1};
 }
 
-Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
+Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
@@ -290,6 +296,58 @@ Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   plan.blocks = parts * division.cluster;
   if (plan.splits > 1) plan.workspace = parts * part_rows * (s.head_dim_v + 1) * 4;
   return plan;
+}
+
+// The kernel with turned products runs where blocks know their parts without the lengths: one sequence, or a few that
+// clusters merge by themselves. It has as many blocks a multiprocessor, or more, and no kernel behind it to leave room
+// for; the plan is otherwise sm90_decode's, `straight`.
+std::optional<Plan> plan_turned(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& straight) {
+  Sizes const s = sizes(problem);
+  int64_t const rows = Work(s, 1).rows;
+  bool const known = straight.even_parts == 0 ? straight.splits == 1 : s.batch == 1;
+  if (problem.batch_invariant || !known || rows > straight.tile_q) return std::nullopt;
+  TurnedDecodeTile const* found = nullptr;
+  for (TurnedDecodeTile const& tile : turned_tiles) {  // those with fewer rows first
+    if (tile.head_dim == straight.head_dim && (!found || found->rows() < rows)) found = &tile;
+  }
+  if (!found) return std::nullopt;
+  int const cluster_rows = straight.cluster > 1 ? static_cast<int>(rows) : 0;
+  int const merge = straight.workspace > 0 ? merge_shared_memory : 0;
+  int const bytes = (device.shared_memory_per_unit - merge) / found->blocks_a_unit() - 1024;
+  Plan plan = straight;
+  plan.kernel = "sm90_decode_turned";
+  plan.tile_q = found->rows();
+  plan.threads = found->threads();
+  plan.shared_memory = found->shared_memory(found->stages_of(bytes), cluster_rows);
+  return plan;
+}
+
+// Whether that is the faster kernel. H100, one sequence, 8 key heads, us, straight / turned, rows x head dimension:
+// 512 keys 4 x 64 3.5 / 3.4, 16 x 64 4.13 / 4.22, 16 x 128 4.67 / 4.66, 32 x 64 4.7 / 5.4, 32 x 128 6.1 / 6.6; 1,024 4
+// x 128 4.5 / 4.1, 16 x 64 4.6 / 4.5, 32 x 64 5.3 / 5.7, 32 x 128 6.8 / 6.9; 2,048 32 x 64 6.7 / 6.6, 32 x 128 8.5
+// / 8.2; 32,768 4 x 64 37 / 27, 4 x 128 46.8 / 45.2, 32 x 128 56.3 / 48.5. Two of 8,192: 4 x 128 30.4 / 29.9, 32 x
+// 64 19.4 / 18.6, but 32 x 128 31.2 / 32.3.
+bool turned_is_faster(const KvCacheProblem& problem, const Plan& turned) {
+  Sizes const s = sizes(problem);
+  int64_t const least_keys = turned.tile_q <= 8 ? 0 : turned.tile_q <= 16 ? 1024 : 2048;
+  bool const one_of_two_blocks = turned.tile_q > 16 && turned.head_dim > 64;  // sm90_decode has one a multiprocessor
+  return s.seqlen_k >= least_keys && (s.batch == 1 || !one_of_two_blocks);
+}
+
+// FLASHCORE_SM90_DECODE: "turned", wherever that can run, or "straight"; else plan() chooses.
+std::optional<bool> forced_turned() {
+  char const* const text = std::getenv("FLASHCORE_SM90_DECODE");
+  if (text == nullptr || text[0] == '\0') return std::nullopt;
+  if (std::string_view(text) == "turned") return true;
+  if (std::string_view(text) == "straight") return false;
+  throw ValueError(std::string("FLASHCORE_SM90_DECODE: got \"") + text + "\"; expected \"turned\" or \"straight\"");
+}
+
+Plan plan_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
+  std::optional<bool> const forced = forced_turned();
+  Plan const straight = plan_straight(problem, device);
+  std::optional<Plan> const turned = plan_turned(problem, device, straight);
+  return turned && forced.value_or(turned_is_faster(problem, *turned)) ? *turned : straight;
 }
 
 // --- Decode kernels and forward kernels ------------------------------------------------------------------------------
@@ -378,7 +436,8 @@ Plan plan(const KvCacheProblem& problem, const DeviceProperties& device) {
 }
 
 bool decodes(const Plan& plan) {
-  return std::string_view(plan.kernel) == "sm90_decode" || std::string_view(plan.kernel) == "sm80_decode";
+  std::string_view const kernel = plan.kernel;
+  return kernel == "sm90_decode" || kernel == "sm90_decode_turned" || kernel == "sm80_decode";
 }
 
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan) {
@@ -389,9 +448,12 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   }
   bool const hopper = plan.backend == Backend::sm90;
   int const rows = static_cast<int>(std::min<int64_t>(plan.tile_q, Work(sizes(problem), plan.tile_q).rows));
-  int const stages = hopper ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(
-                                  plan.shared_memory, plan.shares > 1 ? rows * (plan.shares / plan.cluster) : 0)
-                            : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
+  int const cluster_rows = plan.shares > 1 ? rows * (plan.shares / plan.cluster) : 0;
+  bool const turned = std::string_view(plan.kernel) == "sm90_decode_turned";
+  int const stages = turned ? TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory)
+                     : hopper
+                         ? HopperDecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory, cluster_rows)
+                         : DecodeTile{plan.head_dim, plan.tile_q / 16}.stages_of(plan.shared_memory);
   std::string const blocks = std::to_string(plan.blocks);
   std::string text = device.name + " has compute capability " + capability(device) +
                      (problem.backend == Backend::automatic ? "" : " (backend forced)") + ": ";

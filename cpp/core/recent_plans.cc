@@ -85,16 +85,18 @@ Plan remembered(const AnyProblem& problem, const DeviceProperties& device) {
   return made;
 }
 
+// The CPU's threads, and which kernel the environment forces, may change between calls.
+template <class AnyProblem>
+Plan recent(const AnyProblem& problem, const DeviceProperties& device) {
+  bool const forced =
+      std::getenv("FLASHCORE_SM90_KERNEL") != nullptr || std::getenv("FLASHCORE_SM90_DECODE") != nullptr;
+  return device.type == DeviceType::cpu || forced ? plan(problem, device) : remembered(problem, device);
+}
+
 }  // namespace
 
-Plan recent_plan(const Problem& problem, const DeviceProperties& device) {
-  // The CPU's threads, and which kernel the environment forces, may change between calls.
-  if (device.type == DeviceType::cpu || std::getenv("FLASHCORE_SM90_KERNEL") != nullptr) return plan(problem, device);
-  return remembered(problem, device);
-}
+Plan recent_plan(const Problem& problem, const DeviceProperties& device) { return recent(problem, device); }
 
-Plan recent_plan(const KvCacheProblem& problem, const DeviceProperties& device) {
-  return device.type == DeviceType::cpu ? plan(problem, device) : remembered(problem, device);
-}
+Plan recent_plan(const KvCacheProblem& problem, const DeviceProperties& device) { return recent(problem, device); }
 
 }  // namespace flashcore

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a plan to an instance of the Hopper decode kernel, and the merge of the parts.
+// From a plan to an instance of the Hopper decode kernels, and the merge of the parts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <string_view>
 
 #include "flashcore/error.h"
 #include "sm80/decode_merge.cuh"
 #include "sm90/decode_parts.cuh"
 #include "sm90/decode_tile.h"
+#include "sm90/decode_turned_tile.h"
 #include "sm90/sm90.h"
 
 namespace flashcore::sm90 {
@@ -16,15 +19,28 @@ template <class Element, int head_dim, int slices>
 struct DecodeConfig;
 template <class Config>
 void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
+template <class Element, int head_dim, int rows>
+struct TurnedConfig;
+template <class Config>
+void run_decode_turned(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
 
 namespace {
 
+bool is_turned(Plan const& plan) { return std::string_view(plan.kernel) == "sm90_decode_turned"; }
+
 template <class Element>
 bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_DECODE(D, slices)                                \
-  if (plan.head_dim == D && plan.tile_q == 16 * slices) {               \
-    run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream); \
-    return true;                                                        \
+#define FLASHCORE_SM90_DECODE_TURNED(D, rows)                                \
+  if (is_turned(plan) && plan.head_dim == D && plan.tile_q == rows) {        \
+    run_decode_turned<TurnedConfig<Element, D, rows>>(params, plan, stream); \
+    return true;                                                             \
+  }
+#include "sm90/decode_turned_tiles.inc"
+#undef FLASHCORE_SM90_DECODE_TURNED
+#define FLASHCORE_SM90_DECODE(D, slices)                                      \
+  if (!is_turned(plan) && plan.head_dim == D && plan.tile_q == 16 * slices) { \
+    run_decode<DecodeConfig<Element, D, slices>>(params, plan, stream);       \
+    return true;                                                              \
   }
 #include "sm90/decode_tiles.inc"
 #undef FLASHCORE_SM90_DECODE
@@ -73,7 +89,9 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   DecodeParams p{};
   static_cast<sm80::DecodeParams&>(p) = sm80::decode_params(params, plan, workspace);
   HopperDecodeTile const tile{plan.head_dim, plan.tile_q / 16};
-  p.stages = tile.stages_of(plan.shared_memory, plan.shares > 1 ? p.part_rows * (plan.shares / plan.cluster) : 0);
+  int const cluster_rows = plan.shares > 1 ? p.part_rows * (plan.shares / plan.cluster) : 0;
+  p.stages = is_turned(plan) ? TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory)
+                             : tile.stages_of(plan.shared_memory, cluster_rows);
   int const lines = p.heads_k * p.row_tiles, most = plan.even_parts == 0 ? plan.splits : 0;
   int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
   p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,

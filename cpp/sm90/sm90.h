@@ -19,7 +19,7 @@ void small(const ForwardParams& params, DType dtype, const Plan& plan, void* str
 // The same for a plan of the kernel "sm90_stream". `stores_by_tma`: whether TMA takes the output's strides.
 void stream(const ForwardParams& params, DType dtype, const Plan& plan, bool stores_by_tma, void* stream);
 
-// Attention over a cache, for a plan of "sm90_decode" or "sm90_decode_cluster".
+// Attention over a cache, for a plan of "sm90_decode" or "sm90_decode_turned".
 void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* workspace, void* stream);
 
 }  // namespace flashcore::sm90

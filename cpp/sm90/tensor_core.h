@@ -55,6 +55,11 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel_str
   return swizzle | groups_of_8_rows | uint64_t{panel_stride / 16} << 16 | (address >> 4 & 0x3fff);
 }
 
+// The operand that begins `bytes` behind `operand` in the same space; its upper half stays a constant.
+__device__ __forceinline__ uint64_t behind(uint64_t operand, int bytes) {
+  return (operand & 0xffffffff00000000) | (static_cast<uint32_t>(operand) + bytes / 16);
+}
+
 namespace wgmma {
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
@@ -119,6 +124,19 @@ __device__ __forceinline__ void multiply_values(float (&o)[n / 2], uint32_t cons
   [&]<int... i>(std::integer_sequence<int, i...>) {
     wgmma::Registers<Element, n, wgmma::Major::MN>::fma(weights[0], weights[1], weights[2], weights[3], v, o[i]...,
                                                         wgmma::ScaleOut::One);
+  }(std::make_integer_sequence<int, n / 2>{});
+}
+
+// accumulators (+)= 64 rows × n columns over 16, both operands from shared memory: rows of a tile whose rows run along
+// the product's K (keys times queries), or its columns, whose K runs over the tile's rows (values times weights).
+template <class Element, int n, wgmma::Major major>
+__device__ __forceinline__ void multiply_shared(float (&s)[n / 2], uint64_t tile, uint64_t other, bool add) {
+  using Atom =
+      decltype(cute::SM90::GMMA::ss_op_selector<typename Precision<Element>::Cute, typename Precision<Element>::Cute,
+                                                float, cute::Shape<cute::Int<64>, cute::Int<n>, cute::Int<16>>, major,
+                                                wgmma::Major::K>());
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    Atom::fma(tile, other, s[i]..., add ? wgmma::ScaleOut::One : wgmma::ScaleOut::Zero);
   }(std::make_integer_sequence<int, n / 2>{});
 }
 

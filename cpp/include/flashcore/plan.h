@@ -37,21 +37,21 @@ int cuda_device_count();
 // What a call would run. A plain value: the same problem and device give the same plan.
 struct Plan {
   Backend backend = Backend::cpu;
-  const char* kernel = "";    // "sm90_forward", "sm90_small", "sm90_stream", "sm80_forward", "cpu_forward"; kvcache.h
-  int head_dim = 0;           // the head dimension of the kernel's instance: the problem's, or the next larger one
-  int tile_q = 0;             // rows of queries and
-  int tile_k = 0;             // keys of one tile; sm90_small: that a block has room for
-  int packed_heads = 1;       // query heads of one key head whose rows share a tile
-  int threads = 0;            // of a block, or of the CPU
-  bool plain_score = true;    // no softcap and a positive scale: the scores go to the softmax as they are
-  int64_t tiles = 0;          // of queries, over all sequences and heads
-  int64_t blocks = 0;         // of the grid, or tasks on the CPU
-  int splits = 1;             // parts that the keys are divided into
-  int cluster = 1;            // sm90_decode: blocks that share a part and merge it in shared memory
-  int shares = 1;             // sm90_decode: of a part, each computed by itself: `cluster`, or more, which its blocks
-                              // compute in turn
-  int even_parts = 1;         // sm90_decode: parts of each sequence's keys where all are about as long; 0: a sequence's
-                              // own length says, up to `splits`
+  const char* kernel = "";  // "sm90_forward", "sm90_small", "sm90_stream", "sm80_forward", "cpu_forward"; kvcache.h
+  int head_dim = 0;         // the head dimension of the kernel's instance: the problem's, or the next larger one
+  int tile_q = 0;           // rows of queries and
+  int tile_k = 0;           // keys of one tile; sm90_small: that a block has room for
+  int packed_heads = 1;     // query heads of one key head whose rows share a tile
+  int threads = 0;          // of a block, or of the CPU
+  bool plain_score = true;  // no softcap and a positive scale: the scores go to the softmax as they are
+  int64_t tiles = 0;        // of queries, over all sequences and heads
+  int64_t blocks = 0;       // of the grid, or tasks on the CPU
+  int splits = 1;           // parts that the keys are divided into
+  int cluster = 1;          // sm90_decode*: blocks that share a part and merge it in shared memory
+  int shares = 1;           // sm90_decode: of a part, each computed by itself: `cluster`, or more, which its blocks
+                            // compute in turn
+  int even_parts = 1;       // sm90_decode*: parts of each sequence's keys where all are about as long; 0: a sequence's
+                            // own length says, up to `splits`
   int heads_per_section = 1;  // (batch, head) pairs whose tiles are scheduled together, longest tile first
   int section_slots = 0;      // sm90: tiles and empty places of such a section, which make whole rounds of the blocks
   int shared_memory = 0;      // bytes a block

@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a block of sm90_decode_turned is made of: its arguments, its part of the work, its shared memory, the rings that
+// its producers fill, and what its consumers have in registers. (Instructions are those of sm90_decode.)
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "sm90/decode_block.cuh"
+#include "sm90/decode_turned_tile.h"
+#include "sm90/tensor_core.h"
+
+namespace flashcore::sm90 {
+
+// The blocks' parts are known without the lengths: of each item as many, which take its tiles in turn.
+struct TurnedArguments {
+  CUtensorMap k, v;  // boxes of box_rows keys, 64 columns or all
+  sm80::DecodeParams p;
+  DecodeParts parts;
+  Divisor group, row_tiles, even;  // of p; parts of each item
+  int log_box;                     // of box_rows: 64, or a page's where that is less
+  int log_page;                    // of p.page_size
+  int column_boxes;                // that bring a key's columns
+  int log_cluster;                 // of the blocks that share a part and merge it
+  int prefetched;                  // tiles of a block that come to the L2 cache while the kernel ahead still runs
+};
+
+// The item that a block works on, and which of its tiles: first, first + step, ...
+struct alignas(16) TurnedPart {
+  int sequence, head;  // of the keys
+  int first_row, valid_rows;
+  int cached, keys;  // of the sequence in the cache, and with the new ones
+  int first, count, step;
+  int full_begin, full_end;  // tiles that all queries see whole
+  int slot;                  // of the result; -1: the output itself
+  int ahead;                 // groups whose first tile was asked for before the length was known
+};
+static_assert(sizeof(TurnedPart) <= 64);
+
+// What the lengths do not say: of a part, the item, its first tile unless a window leaves some out, and the step.
+template <class Config>
+__device__ __forceinline__ TurnedPart turned_part(TurnedArguments const& a) {
+  int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
+  int const item = a.even.quotient(number), index = number - item * a.even.divisor;
+  TurnedPart part{};
+  part.sequence = a.parts.lines.quotient(item);
+  int const line = item - part.sequence * a.parts.lines.divisor;
+  part.head = a.row_tiles.quotient(line);
+  part.first_row = (line - part.head * a.row_tiles.divisor) * Config::rows;
+  part.valid_rows = min_of(Config::rows, a.p.rows - part.first_row);
+  part.first = index << a.log_cluster | rank;
+  part.step = a.even.divisor << a.log_cluster;
+  part.slot = a.even.divisor == 1 ? -1 : number;
+  return part;
+}
+
+__device__ __forceinline__ RowPlace row_place(TurnedArguments const& a, TurnedPart const& part, int row) {
+  int const token = a.group.quotient(part.first_row + row);
+  return {token, part.head * a.group.divisor + part.first_row + row - token * a.group.divisor};
+}
+
+__device__ __forceinline__ void store_float(bool acts, uint32_t to, float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(to), "f"(x),
+               "r"(int{acts})
+               : "memory");
+}
+
+// --- barriers of warps -----------------------------------------------------------------------------------------------
+
+// Each producer says that its mbarriers are set up, and the first one when the part is known, too; the consumers wait
+// for that.
+template <class Config>
+__device__ __forceinline__ void tell_consumers() {
+  asm volatile("barrier.cta.arrive.aligned 2, %0;" ::"n"(Config::threads) : "memory");
+}
+template <class Config>
+__device__ __forceinline__ void wait_for_producers() {
+  asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
+}
+// The other producers know the part by themselves. In shared memory they look at it when they have asked for all tiles.
+template <class Config>
+__device__ __forceinline__ void tell_producers() {
+  asm volatile("barrier.cta.arrive.aligned 3, %0;" ::"n"(32 * Config::groups) : "memory");
+}
+template <class Config>
+__device__ __forceinline__ void wait_as_producer() {
+  asm volatile("barrier.cta.sync.aligned 3, %0;" ::"n"(32 * Config::groups) : "memory");
+}
+
+// --- shared memory ---------------------------------------------------------------------------------------------------
+
+// A tile of keys or values, or of the block's queries, lies in shared memory as tensor_core.h has it: panels of 64
+// columns. Where a row's 16-byte chunk lies in a tile of `rows` rows:
+template <int rows>
+__device__ __forceinline__ int panel_offset(int row, int chunk) {
+  return chunk / 8 * rows * row_bytes + row * row_bytes + ((chunk ^ row) & 7) * 16;
+}
+
+template <class Config>
+struct TurnedMemory {
+  static constexpr TurnedDecodeTile tile = Config::tile;
+  static constexpr int groups = Config::groups, most_stages = TurnedDecodeTile::most_stages;
+  char* base;
+  int stages;
+
+  __device__ __forceinline__ char* queries() const { return base; }
+  // Of a tile's keys, (rows, 64), of each group
+  __device__ __forceinline__ char* weights(int group) const {
+    return base + tile.q_bytes() + group * tile.weights_bytes();
+  }
+  // A group's maxima, (key_warps, rows), or sums, (rows, key_warps), in its weights' place.
+  __device__ __forceinline__ float* states(int group) const { return reinterpret_cast<float*>(weights(group)); }
+  // Of a group's slots, which hold its tiles' keys and values in turn.
+  __device__ __forceinline__ DecodeBarrier* full(int group) const {
+    return reinterpret_cast<DecodeBarrier*>(weights(groups)) + group * most_stages;
+  }
+  __device__ __forceinline__ DecodeBarrier* empty(int group) const { return full(groups + group); }
+  // A group's products with its weights have ended.
+  __device__ __forceinline__ DecodeBarrier& weights_read(int group) const { return full(2 * groups)[group]; }
+  __device__ __forceinline__ DecodeBarrier* received_all() const { return full(2 * groups) + groups; }
+  __device__ __forceinline__ TurnedPart& part() const { return *reinterpret_cast<TurnedPart*>(received_all() + 2); }
+  // Where there are pages, a bit for each box of a slot's keys whose page does not exist.
+  __device__ __forceinline__ uint32_t* absent(int group) const {
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64) + group * most_stages;
+  }
+  // A weight of a group's is 2 ^ (score * factor - reference of the row).
+  __device__ __forceinline__ float* references(int group) const {
+    return reinterpret_cast<float*>(absent(groups)) + group * Config::rows;
+  }
+
+  __device__ __forceinline__ int slots() const { return 2 * stages / groups; }
+  __device__ __forceinline__ char* slot(int group, int i) const {
+    return base + tile.head_bytes() + (group * slots() + i) * Config::kv_bytes;
+  }
+  // A group's output, (rows, merge_stride), when all its warps have read its slots
+  __device__ __forceinline__ float* outputs(int group) const { return reinterpret_cast<float*>(slot(group, 0)); }
+  // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows). In the slots' place, too:
+  // a block sends when all have read theirs.
+  __device__ __forceinline__ float* received() const {
+    return outputs(groups - 1) + Config::rows * tile.merge_stride();
+  }
+  __device__ __forceinline__ float* received_lse(int rows) const { return received() + rows * Config::head_dim; }
+};
+
+// The producer's side of a group's ring. A lane asks for a box of a tile's keys, then of its values, or for a panel of
+// it: boxes of fewer keys than a tile has do not lie there with all columns.
+template <class Config>
+struct TurnedRing {
+  static constexpr uint64_t read_once = 0x12f0000000000000;  // TMA tells the L2 cache that nobody reads it again
+
+  TurnedArguments const& a;
+  TurnedMemory<Config> const& shared;
+  int group, lane, lane_box, lane_panel;
+  StagePlace place;
+
+  __device__ __forceinline__ TurnedRing(TurnedArguments const& a, TurnedMemory<Config> const& shared, int group,
+                                        int lane)
+      : a(a),
+        shared(shared),
+        group(group),
+        lane(lane),
+        lane_box(a.column_boxes == 1 ? lane : lane / Config::panels),
+        lane_panel(lane - lane_box * a.column_boxes) {}
+
+  // The box of a tile that this lane asks for, if there are so many.
+  __device__ __forceinline__ int box() const { return lane_box; }
+
+  // A contiguous first tile, whose places are free: what can be done before the kernel ahead has ended, and the rest.
+  __device__ __forceinline__ void expect_first() {
+    if (lane == 0) {
+      shared.full(group)[0].arrive_and_expect_tx(Config::kv_bytes);
+      shared.full(group)[1].arrive_and_expect_tx(Config::kv_bytes);
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void load_first(int row, int head, int block, bool acts) {
+    if (acts && lane < a.column_boxes) {
+      uint64_t* const full = reinterpret_cast<uint64_t*>(shared.full(group));
+      char* const to = shared.slot(group, 0) + lane * Config::tile_k * row_bytes;
+      int const column = lane * panel_columns;
+      cute::SM90_TMA_LOAD_5D::copy(&a.k, full, read_once, to, column, row, 0, head, block);
+      cute::SM90_TMA_LOAD_5D::copy(&a.v, full + 1, read_once, to + Config::kv_bytes, column, row, 0, head, block);
+    }
+    __syncwarp();
+    if (acts) place.advance(shared.slots()), place.advance(shared.slots());
+  }
+  // A tile of which this lane's box begins at row `row` of block `block` of the cache; -1: of a page that does not
+  // exist, whose box comes as zeros from behind the last page.
+  __device__ __forceinline__ void load(int row, int head, int block, bool acts) {
+    bool const has_box = lane_box < Config::tile_k >> a.log_box;
+    uint32_t const absent = __ballot_sync(0xffffffffu, has_box && block < 0);
+    int const at = block < 0 ? max_of(a.p.pages, 1) : block;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      bool const keys = i == 0;
+      DecodeBarrier& full = shared.full(group)[place.stage];
+      if (acts) shared.empty(group)[place.stage].wait(place.phase ^ 1);
+      if (acts && lane == 0) {
+        if (keys && a.p.page_table != nullptr) shared.absent(group)[place.stage] = absent;
+        full.arrive_and_expect_tx(Config::kv_bytes);
+      }
+      __syncwarp();
+      if (acts && has_box) {
+        char* const to =
+            shared.slot(group, place.stage) + (lane_panel * Config::tile_k + (lane_box << a.log_box)) * row_bytes;
+        cute::SM90_TMA_LOAD_5D::copy(keys ? &a.k : &a.v, reinterpret_cast<uint64_t*>(&full), read_once, to,
+                                     lane_panel * panel_columns, row, 0, head, at);
+      }
+      __syncwarp();
+      if (acts) place.advance(shared.slots());
+    }
+  }
+};
+
+// What a consumer's lane has in registers. The products' rows are keys, then the output's columns: lane l of warp w has
+// those that are l / 4 and l / 4 + 8 past the w-th 16 of each 64. Their columns are the rows of queries, of which it
+// has row(i) for i < rows_held.
+template <class Config>
+struct TurnedWork {
+  static constexpr int rows_held = Config::rows / 4;
+  float o[Config::panels][Config::rows / 2];
+  float sum[rows_held];  // of the weights of the lane's own keys
+
+  static __device__ __forceinline__ int row(int i, int lane) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < Config::panels; ++m) {
+#pragma unroll
+      for (int i = 0; i < Config::rows / 2; ++i) o[m][i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < rows_held; ++i) sum[i] = 0.0f;
+  }
+  static constexpr float no_reference = -3.0e38f;  // any score is above it
+};
+
+template <class Element_, int head_dim_, int rows_>
+struct TurnedConfig {
+  using Element = Element_;
+  static constexpr TurnedDecodeTile tile{head_dim_, rows_};
+  static constexpr int head_dim = head_dim_;
+  static constexpr int rows = tile.rows(), warps = tile.warps(), consumers = 32 * warps, threads = tile.threads();
+  static constexpr int groups = TurnedDecodeTile::groups, group_threads = consumers / groups;
+  static constexpr int tile_k = DecodeParts::tile_k;
+  static constexpr int key_warps = TurnedDecodeTile::key_warps, warp_keys = TurnedDecodeTile::warp_keys;
+  static_assert(tile_k == key_warps * warp_keys && tile_k == 64 && head_dim % 64 == 0);
+
+  static constexpr int panels = tile.panels(), kv_bytes = tile.kv_bytes();
+  static constexpr int blocks_a_unit = tile.blocks_a_unit();
+  // The logarithm of the largest weight, so that the element type holds it, and sums of it are far from infinite.
+  static constexpr float slack = std::is_same_v<Element, __half> ? 14.0f : 40.0f;
+  // And of the least of a group's first tile, by which references may begin as 0.
+  static constexpr float least = std::is_same_v<Element, __half> ? -4.0f : -40.0f;
+
+  using Memory = TurnedMemory<TurnedConfig>;
+  using Ring = TurnedRing<TurnedConfig>;
+  using Work = TurnedWork<TurnedConfig>;
+};
+
+}  // namespace flashcore::sm90

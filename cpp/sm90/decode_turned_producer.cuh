@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warps of sm90_decode_turned that find out how many tiles the block's part has and ask TMA for them.
+#pragma once
+
+#include "sm90/decode_turned_block.cuh"
+
+namespace flashcore::sm90 {
+
+// One warp, the `group`-th of the block's producers, which take its tiles in turn: finds out what the block's part is,
+// leaves it to the consumers, and asks for its tiles as its ring's places empty.
+template <class Config>
+__device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<Config> const& shared, int group,
+                                        int lane) {
+  constexpr int groups = Config::groups, log_tile = 6;
+  static_assert(Config::tile_k == 1 << log_tile);
+  if (group > 0) tell_consumers<Config>();
+  sm80::DecodeParams const& p = a.p;
+  TurnedRing<Config> ring(a, shared, group, lane);
+  int const box_rows = 1 << a.log_box, log_boxes = log_tile - a.log_box, boxes = 1 << log_boxes;
+  bool const paged = p.page_table != nullptr;
+  // Where the lane's box begins in a page, of a tile whose first key is `key`.
+  auto const row_in_page = [&](int key) {
+    return (key + (ring.box() < boxes ? ring.box() : 0) * box_rows) & (p.page_size - 1);
+  };
+
+  // What the page table says of 32 boxes of the producer's tiles, one a lane, where they begin before key `end`.
+  // Nothing looks at it before it is needed, or the warp would wait for it.
+  auto const pages_from = [&](TurnedPart const& part, int box, int end) {
+    box += lane;
+    int const i = box >> log_boxes, tile = part.first + (i * groups + group) * part.step;
+    int const key = tile * Config::tile_k + (box - (i << log_boxes)) * box_rows;
+    return key < end ? p.page_table[part.sequence * p.page_table_stride + (key >> a.log_page)] : -1;
+  };
+  auto const existing = [&](int page) { return page >= 0 && page < p.pages ? page : -1; };
+  int next_pages = -1;
+
+  // The blocks of all of an item's parts take its tiles in turn: what is read at the same time lies side by side.
+  TurnedPart part = turned_part<Config>(a);
+  int const way = part.first, first_tile = way + group * part.step;
+  // The producers know their first tiles without the length, unless a window says where they are.
+#pragma unroll
+  for (int g = 0; g < groups; ++g) {
+    bool const exists = (way + g * part.step) * Config::tile_k < p.seqlen_k;
+    part.ahead += p.window_left >= unlimited && exists;
+  }
+  bool const ahead = group < part.ahead;
+  if (ahead && !paged) ring.expect_first();
+  // Then the warp goes through here twice, the first time for the instructions, while the kernel ahead still runs.
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    bool const acts = pass == 1;
+    if (acts) {
+      wait_for_prerequisites();
+      if (a.prefetched == 0) launch_dependents();
+    }
+    // The length is asked for first: behind the keys it would wait for them. The first tile comes while it does.
+    int length = p.seqlen_k;
+    if (acts && p.cache_seqlens != nullptr)
+      asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
+    if (ahead && paged) {
+      part.first = way;
+      if (acts) next_pages = pages_from(part, 0, p.seqlen_k);
+      int const block = existing(__shfl_sync(0xffffffffu, next_pages, ring.box() % 32));
+      ring.load(row_in_page(first_tile * Config::tile_k), part.head, block, acts);
+    } else if (ahead) {
+      ring.load_first(first_tile * Config::tile_k, part.head, part.sequence, acts);
+    }
+    part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
+    part.keys = part.cached + p.new_tokens;
+    KeyRange const range = a.parts.range(p, part.keys);
+    part.first = range.begin + way;
+    part.count = a.even.quotient((max_of(range.count() - way, 0) + part.step - 1) >> a.log_cluster);
+    part.full_begin = range.full_begin;
+    part.full_end = range.full_end;
+    if (acts && lane == 0 && group == 0) {
+      shared.part() = part;
+      if (a.log_cluster > 0) {  // what the cluster's blocks will send
+        shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows * (Config::head_dim + (1 << a.log_cluster)));
+      }
+    }
+  }
+  __syncwarp();
+  if (group == 0) {
+    tell_consumers<Config>();
+    tell_producers<Config>();
+  }
+
+  // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
+  int pages = -1;
+  if (paged && !ahead) next_pages = pages_from(part, 0, part.keys);
+#pragma unroll 1
+  for (int i = group, box = 0; i < part.count; i += groups, box += boxes) {
+    int block = part.sequence, row = (part.first + i * part.step) * Config::tile_k;
+    if (paged) {
+      if (box % 32 == 0) {
+        pages = existing(next_pages);
+        next_pages = pages_from(part, box + 32, part.keys);
+      }
+      block = __shfl_sync(0xffffffffu, pages, (box + ring.box()) % 32);
+      row = row_in_page(row);
+    }
+    if (i > group || !ahead) ring.load(row, part.head, block, true);
+  }
+  if (a.prefetched > 0 && group == groups - 1) launch_dependents();
+  if (group > 0) wait_as_producer<Config>();
+}
+
+}  // namespace flashcore::sm90
