@@ -107,7 +107,7 @@ struct TurnedMemory {
   __device__ __forceinline__ char* weights(int group) const {
     return base + tile.q_bytes() + group * tile.weights_bytes();
   }
-  // A group's maxima, (key_warps, rows), or sums, (rows, key_warps), in its weights' place.
+  // A group's maxima, (key_warps, rows), or both of its sums, (2, rows, key_warps), in its weights' place.
   __device__ __forceinline__ float* states(int group) const { return reinterpret_cast<float*>(weights(group)); }
   // Of a group's slots, which hold its tiles' keys and values in turn.
   __device__ __forceinline__ DecodeBarrier* full(int group) const {
@@ -218,7 +218,9 @@ template <class Config>
 struct TurnedWork {
   static constexpr int rows_held = Config::rows / 4;
   float o[Config::panels][Config::rows / 2];
-  float sum[rows_held];  // of the weights of the lane's own keys
+  // Of the weights of the lane's own keys: as the product gets them, which the output is divided by (or a row with one
+  // large weight would be off by that one's rounding), and before they are rounded, for the log-sum-exp.
+  float sum[rows_held], exact_sum[rows_held];
 
   static __device__ __forceinline__ int row(int i, int lane) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
   __device__ __forceinline__ void clear() {
@@ -228,7 +230,7 @@ struct TurnedWork {
       for (int i = 0; i < Config::rows / 2; ++i) o[m][i] = 0.0f;
     }
 #pragma unroll
-    for (int i = 0; i < rows_held; ++i) sum[i] = 0.0f;
+    for (int i = 0; i < rows_held; ++i) sum[i] = exact_sum[i] = 0.0f;
   }
   static constexpr float no_reference = -3.0e38f;  // any score is above it
 };

@@ -115,6 +115,16 @@ __device__ __forceinline__ bool group_any(int group, bool x) {
   return any != 0;
 }
 
+// Two weights as the product gets them.
+template <class Element>
+__device__ __forceinline__ float2 unpacked(uint32_t pair) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    return __half22float2(*reinterpret_cast<__half2 const*>(&pair));
+  } else {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+  }
+}
+
 // Raises the rows' references to the largest of a tile's scores, and multiplies sums and output by what that changes.
 // `begins`: the tile is the group's first, and the references are its largest scores.
 // All consumers of a group come here together.
@@ -146,6 +156,7 @@ __device__ __forceinline__ void raise_references(TurnedMemory<Config> const& sha
     }
     ratio[r] = exp2_of(before - reference);
     work.sum[r] *= ratio[r];
+    work.exact_sum[r] *= ratio[r];
     raised[r] = reference;
   }
   group_sync<Config>(group);  // all have read both
@@ -249,7 +260,7 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
 
     // The weights, by references that are as they were, 0 at first, unless a weight would exceed what there is room
     // for, or the first tile has some that are too small.
-    float sum[TurnedWork<Config>::rows_held];
+    float sum[TurnedWork<Config>::rows_held], exact_sum[TurnedWork<Config>::rows_held];
     auto const weigh = [&] {
       float most = minus_infinity(), least = 0.0f;
       constexpr int at_once = min_of(rows, 16), eights = at_once / 8;  // rows whose weights one instruction stores
@@ -268,21 +279,28 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
             if constexpr (rows <= 16) least = fminf(least, power);
             w[4 * h + x] = exp2_of(power);
           }
-          sum[held] = w[4 * h] + w[4 * h + 2];
-          sum[held + 1] = w[4 * h + 1] + w[4 * h + 3];
+          exact_sum[held] = w[4 * h] + w[4 * h + 2];
+          exact_sum[held + 1] = w[4 * h + 1] + w[4 * h + 3];
         }
         // This lane's row of the matrices that are stored, each transposed: eight rows' weights of eight keys.
         int const row = j * 16 + lane / 16 * 8 + lane % 8, chunk = tile_key / 8 + lane / 8 % 2;
         uint32_t const at = to + row * row_bytes + ((chunk ^ row) & 7) * 16;
-        using P = Precision<Element>;
+        uint32_t packed[2 * eights];
+#pragma unroll
+        for (int h = 0; h < 2 * eights; ++h) packed[h] = Precision<Element>::pack(w[2 * h], w[2 * h + 1]);
+#pragma unroll
+        for (int h = 0; h < eights; ++h) {
+          float2 const first = unpacked<Element>(packed[2 * h]), second = unpacked<Element>(packed[2 * h + 1]);
+          sum[4 * j + 2 * h] = first.x + second.x;
+          sum[4 * j + 2 * h + 1] = first.y + second.y;
+        }
         if constexpr (eights == 1) {
-          asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at),
-                       "r"(P::pack(w[0], w[1])), "r"(P::pack(w[2], w[3]))
+          asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(packed[0]),
+                       "r"(packed[1])
                        : "memory");
         } else {
           asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-                       "r"(P::pack(w[0], w[1])), "r"(P::pack(w[2], w[3])), "r"(P::pack(w[4], w[5])),
-                       "r"(P::pack(w[6], w[7]))
+                       "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
                        : "memory");
         }
       }
@@ -295,7 +313,10 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
       group_sync<Config>(group);
     }
 #pragma unroll
-    for (int r = 0; r < TurnedWork<Config>::rows_held; ++r) work.sum[r] += sum[r];
+    for (int r = 0; r < TurnedWork<Config>::rows_held; ++r) {
+      work.sum[r] += sum[r];
+      work.exact_sum[r] += exact_sum[r];
+    }
 
     shared.full(group)[place.stage].wait(place.phase);
     if (has_edge) patch_with(p.new_v, true, shared.slot(group, place.stage), first, here);

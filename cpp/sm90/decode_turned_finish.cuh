@@ -151,10 +151,14 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
   for (int r = 0; r < TurnedWork<Config>::rows_held; ++r) {
     if (r / 2 * 8 >= part.valid_rows) continue;
     int const row = TurnedWork<Config>::row(r, lane), x = r / 2 * 4 + r % 2;
-    float sum = work.sum[r];
+    float sum = work.sum[r], exact = work.exact_sum[r];
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    for (int step = 4; step < 32; step *= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      exact += __shfl_xor_sync(0xffffffffu, exact, step);
+    }
     store_float(acts && lane < 4, sums + row * key_warps * 4, sum);
+    store_float(acts && lane < 4, sums + (Config::rows + row) * key_warps * 4, exact);
 #pragma unroll
     for (int m = 0; m < Config::panels; ++m) {
       store_float(acts, outputs + (row * merge_stride + m * 64) * 4, work.o[m][x]);
@@ -169,14 +173,18 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
 #pragma unroll 1
   for (int i = threadIdx.x % Config::consumers; i < part.valid_rows * row_pieces; i += Config::consumers) {
     int const row = i / row_pieces, piece = i % row_pieces;
-    float reference[groups], sum[groups], top = TurnedWork<Config>::no_reference, total = 0.0f;
+    float reference[groups], sum[groups], exact[groups], top = TurnedWork<Config>::no_reference;
+    float total = 0.0f, exact_total = 0.0f;
     float4 x[groups];
 #pragma unroll
     for (int g = 0; g < groups; ++g) {
       static_assert(key_warps == 4);
       float4 const of_warps = read(reinterpret_cast<float4 const*>(shared.states(g) + row * key_warps));
+      float4 const exact_of_warps =
+          read(reinterpret_cast<float4 const*>(shared.states(g) + (Config::rows + row) * key_warps));
       x[g] = read(reinterpret_cast<float4 const*>(shared.outputs(g) + row * merge_stride + piece * 4));
       sum[g] = (of_warps.x + of_warps.y) + (of_warps.z + of_warps.w);
+      exact[g] = (exact_of_warps.x + exact_of_warps.y) + (exact_of_warps.z + exact_of_warps.w);
       reference[g] = sum[g] == 0.0f ? TurnedWork<Config>::no_reference : read(shared.references(g) + row);
       top = fmaxf(top, reference[g]);
     }
@@ -184,6 +192,7 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
     for (int g = 0; g < groups; ++g) {
       reference[g] = exp2_of(reference[g] - top);  // the group's weight
       total += reference[g] * sum[g];
+      exact_total += reference[g] * exact[g];
     }
     float const inverse = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
     float4 all{0.0f, 0.0f, 0.0f, 0.0f};
@@ -193,7 +202,7 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
       all.x += weight * x[g].x, all.y += weight * x[g].y, all.z += weight * x[g].z, all.w += weight * x[g].w;
     }
     hand_over<Config>(a, shared, row, piece * 4, all, acts);
-    float const lse = total == 0.0f ? minus_infinity() : (top + log2_of(total)) * ln_2;
+    float const lse = total == 0.0f ? minus_infinity() : (top + log2_of(exact_total)) * ln_2;
     if (a.log_cluster > 0) {
       if (piece < 1 << a.log_cluster) send_lse<Config>(a, shared, row, lse, piece, acts);
     } else if (piece == 0) {

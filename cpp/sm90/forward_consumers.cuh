@@ -202,34 +202,15 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
       take_turn();
       pass_turn();
     };
-    if (a.query(first_row) >= job.queries) {
-      // This warpgroup has no rows: it gives the tiles back as they come. In the ring are K0, the values that wait, K1
-      // V0 K2 V1 ...
-      release_queries();
-      let_pass();
-      drop();
-      finish();
-      clear_first_values();
-#pragma unroll 1
-      for (int j = 1; j < count; ++j) {
-        let_pass();
-        drop();
-        drop();
-      }
-      if constexpr (Config::pipelined) {
-        pending = absent = true;
-      } else {
-        drop();
-      }
-      end_jobs_before();
-      continue;
-    }
+    // A warpgroup without rows gives the tiles back as they come. In the ring are K0, the values that wait, K1 V0 K2 V1
+    // ...
+    bool const empty = a.query(first_row) >= job.queries;
     float ratio[2], offset[2];
     Part own;
     if constexpr (Config::parts == 0) own = part_of<Config>(a, job, warpgroup);
     Part const& part = Config::parts == 0 ? own : job.part[Config::skips ? warpgroup : 0];
     int const skipped = Config::skips ? part.skipped : 0;
-    if (Config::skips && skipped > 0) {
+    if (Config::skips && skipped > 0 && !empty) {
       let_pass();
       drop();
       finish();
@@ -292,14 +273,34 @@ __device__ __forceinline__ void consume(Arguments<typename Config::Score> const&
 #pragma unroll
       for (int i = 0; i < tile_k / 4; ++i) weights[i] = Precision<Element>::pack(s[2 * i], s[2 * i + 1]);
     };
-    if (Config::pipelined && pending && !absent) {
+    if (empty) {
+      release_queries();
+      let_pass();
+      drop();
+      finish();
+    } else if (Config::pipelined && pending && !absent) {
       first_step(std::bool_constant<Config::pipelined>{});
     } else {
       first_step(std::false_type{});
     }
 
     absent = false;
-    clear_first_values();
+    clear_first_values();  // all warpgroups come here: two places that wait at one barrier are an error to synccheck
+    if (empty) {
+#pragma unroll 1
+      for (int j = 1; j < count; ++j) {
+        let_pass();
+        drop();
+        drop();
+      }
+      if constexpr (Config::pipelined) {
+        pending = absent = true;
+      } else {
+        drop();
+      }
+      end_jobs_before();
+      continue;
+    }
 
     // The others: scores of this tile, output of the one before, softmax of this one meanwhile. multiply() issues both
     // products of the i-th tile, waits for the scores and gives the slot of the values, finish_output() waits for the

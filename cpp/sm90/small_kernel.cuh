@@ -525,18 +525,21 @@ __device__ __forceinline__ void write(SmallArguments<typename Config::Score> con
   }
 }
 
-// Whether some row of this warp has a part for which its reference did not do, or a NaN of its own.
+// Which of this lane's rows have a part for which their reference did not do, or a NaN of their own.
 template <class Config>
-__device__ __forceinline__ bool lost(PlacedRow<Config> const (&row)[2], SoftmaxRow const (&state)[2]) {
-  bool const any = (row[0].present && isnan(state[0].sum)) || (row[1].present && isnan(state[1].sum));
-  return __any_sync(0xffffffffu, any);
-}
+struct Lost {
+  bool row[2];
+  __device__ __forceinline__ Lost(PlacedRow<Config> const (&rows)[2], SoftmaxRow const (&state)[2])
+      : row{rows[0].present && isnan(state[0].sum), rows[1].present && isnan(state[1].sum)} {}
+  __device__ __forceinline__ bool any_of_warp() const { return __any_sync(0xffffffffu, row[0] || row[1]); }
+};
 
-// Computes this warp's rows once more and writes the part's columns. (Nothing of what is known stays in registers for
-// it.)
+// Computes this warp's rows once more and writes the part's columns of those that are lost: another row's bits must not
+// depend on them. (Nothing else of what is known stays in registers for it.)
 template <class Config>
 __device__ __forceinline__ void write_exactly(SmallArguments<typename Config::Score> const& a,
-                                              SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup) {
+                                              SmallMemory<Config> const& shared, Warpgroup<Config> warpgroup,
+                                              Lost<Config> lost) {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   int const first_row = thread / 128 / Config::key_groups * 64 + thread % 128 / 32 * 16;
@@ -555,7 +558,8 @@ __device__ __forceinline__ void write_exactly(SmallArguments<typename Config::Sc
   for (int i = 0; i < Config::head_dim / 2; ++i) {
     if (i / 4 / Config::pieces * Config::pieces == own) mine[i % (4 * Config::pieces)] = o[i];
   }
-  PlacedRow<Config> const row[2] = {{a, task.job, lane_row}, {a, task.job, lane_row + 8}};
+  PlacedRow<Config> row[2] = {{a, task.job, lane_row}, {a, task.job, lane_row + 8}};
+  for (int half = 0; half < 2; ++half) row[half].present = row[half].present && lost.row[half];
   write<Config>(a, row, warpgroup, state, mine);
 }
 
@@ -620,10 +624,11 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
   PlacedRow<Config> const row[2] = {{a, job, lane.row}, {a, job, lane.row + 8}};
   float mine[4 * Config::pieces];
   exchange<Config>(shared, warpgroup, a.score.factor, partial, mine);
-  if constexpr (Config::steady) {
-    if (lost<Config>(row, partial.state)) return write_exactly<Config>(a, shared, warpgroup);
-  }
   write<Config>(a, row, warpgroup, partial.state, mine);
+  if constexpr (Config::steady) {
+    Lost<Config> const lost(row, partial.state);
+    if (lost.any_of_warp()) write_exactly<Config>(a, shared, warpgroup, lost);
+  }
 }
 
 template <class Config>

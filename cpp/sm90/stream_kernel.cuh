@@ -338,11 +338,21 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
       state[half].sum = Config::steady ? o[head_dim / 2 + 2 * half] : quad_sum(state[half].sum);
     }
     if constexpr (Config::steady) {
-      bool const lost = !Reference::holds(state[0].sum) || !Reference::holds(state[1].sum);
-      if (__any_sync(0xffffffffu, lost)) {
+      bool const lost[2] = {!Reference::holds(state[0].sum), !Reference::holds(state[1].sum)};
+      if (__any_sync(0xffffffffu, lost[0] || lost[1])) {  // these rows alone: another's bits must not depend on them
         Mask const all = Mask::make(a.p.seqlen_q, a.p.seqlen_k, unlimited, unlimited);
+        float exact[head_dim / 2];
+        SoftmaxRow exact_state[2];
         attend_exactly<Element>(a, place.sequence, shared.jobs[job].head_k, all, {0, 0}, 0, a.p.seqlen_k,
-                                cute::cast_smem_ptr_to_uint(shared.q[job % 2]), warp_row, o, state);
+                                cute::cast_smem_ptr_to_uint(shared.q[job % 2]), warp_row, exact, exact_state);
+#pragma unroll
+        for (int i = 0; i < head_dim / 2; ++i) {
+          if (lost[i / 2 % 2]) o[i] = exact[i];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (lost[half]) state[half] = exact_state[half];
+        }
       }
     }
 #pragma unroll
