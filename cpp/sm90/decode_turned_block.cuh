@@ -218,9 +218,29 @@ template <class Config>
 struct TurnedWork {
   static constexpr int rows_held = Config::rows / 4;
   float o[Config::panels][Config::rows / 2];
-  // Of the weights of the lane's own keys: as the product gets them, which the output is divided by (or a row with one
-  // large weight would be off by that one's rounding), and before they are rounded, for the log-sum-exp.
-  float sum[rows_held], exact_sum[rows_held];
+  // Of the weights of the lane's own keys, before they are rounded: for the log-sum-exp. The output is divided by the
+  // sum of what the product gets, or a row with one large weight would be off by that one's rounding: what that sum is
+  // more, of two rows, in bfloat16. It is 2^-9 of the sum at most, and in float32 takes registers that 32 rows do not
+  // have.
+  float sum[rows_held];
+  uint32_t gap[rows_held / 2];
+
+  static __device__ __forceinline__ float2 of_pair(uint32_t x) {
+    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};
+  }
+  __device__ __forceinline__ float rounded_sum(int i) const {
+    if constexpr (Config::exact_references) return sum[i];
+    float2 const more = of_pair(gap[i / 2]);
+    return sum[i] + (i % 2 == 0 ? more.x : more.y);
+  }
+  __device__ __forceinline__ void add_gap(int pair, uint32_t x) {
+    float2 const more = of_pair(gap[pair]), also = of_pair(x);
+    gap[pair] = Precision<__nv_bfloat16>::pack(more.x + also.x, more.y + also.y);
+  }
+  __device__ __forceinline__ void scale_gap(int pair, float x, float y) {
+    float2 const more = of_pair(gap[pair]);
+    gap[pair] = Precision<__nv_bfloat16>::pack(more.x * x, more.y * y);
+  }
 
   static __device__ __forceinline__ int row(int i, int lane) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
   __device__ __forceinline__ void clear() {
@@ -230,7 +250,7 @@ struct TurnedWork {
       for (int i = 0; i < Config::rows / 2; ++i) o[m][i] = 0.0f;
     }
 #pragma unroll
-    for (int i = 0; i < rows_held; ++i) sum[i] = exact_sum[i] = 0.0f;
+    for (int i = 0; i < rows_held; ++i) sum[i] = 0.0f, gap[i / 2] = 0;
   }
   static constexpr float no_reference = -3.0e38f;  // any score is above it
 };
@@ -250,6 +270,9 @@ struct TurnedConfig {
   static constexpr int blocks_a_unit = tile.blocks_a_unit();
   // The logarithm of the largest weight, so that the element type holds it, and sums of it are far from infinite.
   static constexpr float slack = std::is_same_v<Element, __half> ? 14.0f : 40.0f;
+  // Or references are always a row's largest score so far, whose weight is exactly 1: 32 rows of 128 columns have no
+  // registers for what rounding makes of the sums.
+  static constexpr bool exact_references = rows_ == 32 && head_dim_ == 128;
   // And of the least of a group's first tile, by which references may begin as 0.
   static constexpr float least = std::is_same_v<Element, __half> ? -4.0f : -40.0f;
 

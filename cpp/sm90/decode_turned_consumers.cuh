@@ -144,32 +144,37 @@ __device__ __forceinline__ void raise_references(TurnedMemory<Config> const& sha
     if (lane < 4) states[warp % Config::key_warps * Config::rows + TurnedWork<Config>::row(r, lane)] = most;
   }
   group_sync<Config>(group);
-  float ratio[rows_held], raised[rows_held];
+  auto const before = [&](int row) {
+    return begins ? TurnedWork<Config>::no_reference : shared.references(group)[row];
+  };
+  auto const raised = [&](int row) {
+    float reference = before(row);
 #pragma unroll
-  for (int r = 0; r < rows_held; ++r) {
+    for (int w = 0; w < Config::key_warps; ++w) reference = fmaxf(reference, states[w * Config::rows + row]);
+    return reference;
+  };
+#pragma unroll
+  for (int r = 0; r < rows_held; r += 2) {  // a pair of rows at a time, to have registers for 32
     int const row = TurnedWork<Config>::row(r, lane);
-    float const before = begins ? TurnedWork<Config>::no_reference : shared.references(group)[row];
-    float reference = before;
+    float const ratio[2] = {exp2_of(before(row) - raised(row)), exp2_of(before(row + 1) - raised(row + 1))};
+    work.sum[r] *= ratio[0];
+    work.sum[r + 1] *= ratio[1];
+    if constexpr (!Config::exact_references) work.scale_gap(r / 2, ratio[0], ratio[1]);
 #pragma unroll
-    for (int w = 0; w < Config::key_warps; ++w) {
-      reference = fmaxf(reference, states[w * Config::rows + row]);
+    for (int m = 0; m < Config::panels; ++m) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) work.o[m][2 * r + x] *= ratio[x % 2];
     }
-    ratio[r] = exp2_of(before - reference);
-    work.sum[r] *= ratio[r];
-    work.exact_sum[r] *= ratio[r];
-    raised[r] = reference;
   }
   group_sync<Config>(group);  // all have read both
   if (warp % Config::key_warps == 0 && lane < 4) {
 #pragma unroll
-    for (int r = 0; r < rows_held; ++r) shared.references(group)[TurnedWork<Config>::row(r, lane)] = raised[r];
+    for (int r = 0; r < rows_held; ++r) {
+      int const row = TurnedWork<Config>::row(r, lane);
+      shared.references(group)[row] = raised(row);
+    }
   }
   group_sync<Config>(group);
-#pragma unroll
-  for (int m = 0; m < Config::panels; ++m) {
-#pragma unroll
-    for (int x = 0; x < Config::rows / 2; ++x) work.o[m][x] *= ratio[x / 4 * 2 + x % 2];
-  }
 }
 
 template <class Config>
@@ -260,10 +265,20 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
 
     // The weights, by references that are as they were, 0 at first, unless a weight would exceed what there is room
     // for, or the first tile has some that are too small.
-    float sum[TurnedWork<Config>::rows_held], exact_sum[TurnedWork<Config>::rows_held];
+    float sum[TurnedWork<Config>::rows_held];
+    uint32_t gap[TurnedWork<Config>::rows_held / 2];                 // as in TurnedWork
+    constexpr int at_once = min_of(rows, 16), eights = at_once / 8;  // rows whose weights one instruction stores
+    // This lane's row of the matrices that are stored, each transposed: eight rows' weights of eight keys.
+    auto const matrices = [&](int j) {
+      int const row = j * 16 + lane / 16 * 8 + lane % 8, chunk = tile_key / 8 + lane / 8 % 2;
+      return to + row * row_bytes + ((chunk ^ row) & 7) * 16;
+    };
+    auto const sum_of_pairs = [&](uint32_t const(&packed)[2 * eights], int h) {
+      float2 const first = unpacked<Element>(packed[2 * h]), second = unpacked<Element>(packed[2 * h + 1]);
+      return float2{first.x + second.x, first.y + second.y};
+    };
     auto const weigh = [&] {
       float most = minus_infinity(), least = 0.0f;
-      constexpr int at_once = min_of(rows, 16), eights = at_once / 8;  // rows whose weights one instruction stores
 #pragma unroll
       for (int j = 0; j < rows / at_once; ++j) {
         float w[4 * eights];
@@ -279,20 +294,18 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
             if constexpr (rows <= 16) least = fminf(least, power);
             w[4 * h + x] = exp2_of(power);
           }
-          exact_sum[held] = w[4 * h] + w[4 * h + 2];
-          exact_sum[held + 1] = w[4 * h + 1] + w[4 * h + 3];
+          sum[held] = w[4 * h] + w[4 * h + 2];
+          sum[held + 1] = w[4 * h + 1] + w[4 * h + 3];
         }
-        // This lane's row of the matrices that are stored, each transposed: eight rows' weights of eight keys.
-        int const row = j * 16 + lane / 16 * 8 + lane % 8, chunk = tile_key / 8 + lane / 8 % 2;
-        uint32_t const at = to + row * row_bytes + ((chunk ^ row) & 7) * 16;
+        uint32_t const at = matrices(j);
         uint32_t packed[2 * eights];
 #pragma unroll
         for (int h = 0; h < 2 * eights; ++h) packed[h] = Precision<Element>::pack(w[2 * h], w[2 * h + 1]);
 #pragma unroll
         for (int h = 0; h < eights; ++h) {
-          float2 const first = unpacked<Element>(packed[2 * h]), second = unpacked<Element>(packed[2 * h + 1]);
-          sum[4 * j + 2 * h] = first.x + second.x;
-          sum[4 * j + 2 * h + 1] = first.y + second.y;
+          float2 const got = sum_of_pairs(packed, h);
+          int const held = 4 * j + 2 * h;
+          gap[held / 2] = Precision<__nv_bfloat16>::pack(got.x - sum[held], got.y - sum[held + 1]);
         }
         if constexpr (eights == 1) {
           asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(packed[0]),
@@ -305,6 +318,7 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
         }
       }
       cutlass::arch::fence_view_async_shared();
+      if constexpr (Config::exact_references) return most > 0.0f || turn == 0;
       return most > Config::slack || (turn == 0 && (rows > 16 || least < Config::least));
     };
     if (group_any<Config>(group, weigh())) {
@@ -313,9 +327,10 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
       group_sync<Config>(group);
     }
 #pragma unroll
-    for (int r = 0; r < TurnedWork<Config>::rows_held; ++r) {
+    for (int r = 0; r < TurnedWork<Config>::rows_held; r += 2) {
       work.sum[r] += sum[r];
-      work.exact_sum[r] += exact_sum[r];
+      work.sum[r + 1] += sum[r + 1];
+      if constexpr (!Config::exact_references) work.add_gap(r / 2, gap[r / 2]);
     }
 
     shared.full(group)[place.stage].wait(place.phase);

@@ -151,7 +151,7 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
   for (int r = 0; r < TurnedWork<Config>::rows_held; ++r) {
     if (r / 2 * 8 >= part.valid_rows) continue;
     int const row = TurnedWork<Config>::row(r, lane), x = r / 2 * 4 + r % 2;
-    float sum = work.sum[r], exact = work.exact_sum[r];
+    float sum = work.rounded_sum(r), exact = work.sum[r];
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, step);
