@@ -70,6 +70,10 @@ FLASHCORE_HD void tile_stream(const void* from) {
   asm volatile("movl $64, %k0\n\ttileloaddt1 (%1,%0,1), %%tmm%c2" : "=&r"(row_bytes) : "r"(from), "i"(tile) : "memory");
 }
 template <int tile>
+FLASHCORE_HD void tile_stream(const void* from, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(row_bytes) : "memory");
+}
+template <int tile>
 FLASHCORE_HD void tile_store(void* to, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(row_bytes) : "memory");
 }
