@@ -177,6 +177,32 @@ def test_infinite_keys_and_values(arrays, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(window=(300, 0))], ids=str)
+@pytest.mark.parametrize("far_out", [False, True])
+def test_tiles_of_whole_heads(arrays, dtype, options, far_out):
+    """One thread takes heads whole where it can, many divide them: the bits are the same, also of values that products
+    of tiles do not take (with bfloat16 on tile registers those from 2^100 on)."""
+    needs(arrays, dtype)
+    cpu_only(arrays)
+    query, key, value = arrays.qkv(1, 1700, 1700, 4, 4, 64, dtype, 55)
+    if far_out:
+        value = arrays.copy(value)
+        value[0, ::150, 2] = 6e4 if dtype == "float16" else 1e35  # all tiles see one
+    before = flashcore.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 16):
+            flashcore.set_num_threads(threads)
+            results.append(flashcore.attention(query, key, value, return_lse=True, **options.keywords()))
+    finally:
+        flashcore.set_num_threads(before)
+    for whole, divided in zip(*results, strict=True):
+        assert arrays.same_bits(whole, divided)
+    if not far_out:
+        assert_attention(arrays, *results[0], query, key, value, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("evil", [math.nan, math.inf])
 def test_value_that_is_not_finite_stays_in_its_column(arrays, dtype, evil):
     """Of the one query of each sequence too, whose values may be multiplied as pairs of columns."""

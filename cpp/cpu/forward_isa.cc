@@ -533,7 +533,11 @@ void forward_as(const ForwardParams& params, const QueryTile& tile, float* scrat
 #if defined(__AMX_BF16__)
     if (ForwardTiles<T, Score>(params, tile, scratch).run()) return;
 #endif
-    Forward<T, Atom, Score>(params, tile, scratch).run();
+    QueryTile part = tile;
+    for (int const end = tile.q_begin + tile.queries; part.q_begin < end; part.q_begin += tile_q) {
+      part.queries = min_of(tile_q, end - part.q_begin);
+      Forward<T, Atom, Score>(params, part, scratch).run();
+    }
   }
 }
 
