@@ -7,24 +7,33 @@
 // have a new reference, and those weights once more. In bfloat16 the sums are those of the weights as the products take
 // them, and products make them: the largest weight is rounded too, and its error cancels.
 //
+// Where all keys of the tile are packed at a time, a head's mostly are, blocks of 32 rows are packed, computed and
+// written one after the other, and a tile may have a whole head's rows: 512 / 2,048 keys 5 / 8 to 20% shorter than with
+// all queries packed first and all rows written last, in tiles of 768.
+//
 // What bounds it (Xeon with AMX at 2.9 GHz, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128,
-// 512 keys): 10.0 / 16.4 in all (13.6 / 19.7 with weights by the polynomial and sums by vectors), of which what is
-// outside of the pipeline takes 2 / 3, the weights alone 2.5 (5.7), and the products 4.5 / 8.5 at their peak. Measured
-// apart, products with their loads and the weights beside them keep to it, 17 clocks each; the ends of blocks do not,
-// where the results come 52 clocks after the last product and four tiles are stored: 80 clocks where nothing hides
-// them. Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not, which
-// is why keys and values are loaded past it (15.6 / 24 clocks before) and scores have two units' memory, not three (6%
-// more).
+// 512 keys, before that): 10.0 / 16.4 in all (13.6 / 19.7 with weights by the polynomial and sums by vectors), of which
+// what is outside of the pipeline takes 2 / 3, the weights alone 2.5 (5.7), and the products 4.5 / 8.5 at their peak.
+// Measured apart, products with their loads and the weights beside them keep to it, 17 clocks each; the ends of blocks
+// do not, where the results come 52 clocks after the last product and four tiles are stored: 80 clocks where nothing
+// hides them. Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not,
+// which is why keys and values are loaded past it (15.6 / 24 clocks before) and scores have two units' memory, not
+// three (6% more). With 128 keys the products are a third of the time: 8 heads of 128 take 84 us, of which packing
+// takes 20, the pipeline 45 and writing 16, and 30 more where inputs come from the last-level cache, which is what
+// reading them takes there.
 //
 // Tried without gain: the next tile's rows fetched beside the products (5% faster at 64, 15% slower at 128: lines from
-// the last level hold what the loads of keys and values need), results' lines fetched for writing (4 to 8% slower),
-// loads before stores where a block begins, weights of two passes in a ring of 22 KiB, not 32, passes of 64 to 192
-// keys, a block of rows written as soon as it is finished (up to 7% slower), float16's scores without the products of
-// second parts where those are negligible (0 to 7% faster at 128, 3 to 6% slower at 64).
+// the last level hold what the loads of keys and values need; the next head's, every second line: 5 to 10% slower at
+// 512), rows fetched ahead while they are packed (0 to 2% slower with 128 keys), results' lines fetched for writing (4
+// to 8% slower), loads before stores where a block begins, weights of two passes in a ring of 22 KiB, not 32, passes of
+// 64 to 192 keys, a finished block written and the next one's queries packed beside the products, a row at a call (5 to
+// 10% slower: stores that wait for their lines hold up those of tiles), float16's scores without the products of second
+// parts where those are negligible (0 to 7% faster at 128, 3 to 6% slower at 64).
 #pragma once
 
 #include "cpu/amx.h"
 #include "cpu/amx_pack.h"
+#include "cpu/amx_weights.h"
 
 namespace flashcore::cpu {
 namespace {
@@ -33,6 +42,7 @@ template <typename T, typename Score>
 struct ForwardTiles : TileRows<T, Score> {
   using Atom = TileAtom<T>;
   using Base = TileRows<T, Score>;
+  using Beside = WeightsBeside<T>;
   using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
   static constexpr int parts = Atom::parts;
   // Keys of a tile here: storing a block of outputs and loading it again takes as long as its products with 64 keys, so
@@ -146,94 +156,6 @@ struct ForwardTiles : TileRows<T, Score> {
     static_assert(floats + packed_bytes / 4 <= scratch_floats &&
                   4 * most_keys_of_tile * max_head_dim * parts <= packed_bytes);
   }
-
-  // The weights of a unit, `each` rows at a call. All that it needs is in itself: products are said to change memory,
-  // and what lies there would be read again after each.
-  struct Beside {
-    float factor;
-    const float* s = nullptr;
-    const float* offset = nullptr;
-    const float* exact_offset = nullptr;
-    float* w = nullptr;
-    float* sums = nullptr;
-    float* exact = nullptr;  // or null
-    int64_t row = 0, rows = 0;
-    int each = 0;  // rows of a call
-    bool slowly = false;
-    uint32_t wide = 0;
-    __m512i largest = _mm512_setzero_si512();  // of a pass, lane by lane, if `fixed_point`
-    FixedPoint const fixed;
-
-    FLASHCORE_HD explicit Beside(float factor_of_scores) : factor(factor_of_scores), fixed(factor_of_scores) {}
-
-    // Without a loop for 1, 2 and 4 rows: its end would be hard to foretell.
-    FLASHCORE_HD void operator()() {
-      if (row >= rows) return;
-      if (fixed_point && slowly) return rest_slowly(row + each);
-      weigh();
-      if (each == 1) return;
-      weigh();
-      if (each == 2) return;
-      weigh();
-      weigh();
-      for (int i = 4; i < each; ++i) weigh();
-    }
-    FLASHCORE_HD void rest() {
-      if (fixed_point && slowly) return rest_slowly(rows);
-      while (row < rows) weigh();
-    }
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    __attribute__((noinline))  // in a dozen places with checks GCC 12 takes minutes over it
-#else
-    FLASHCORE_HD
-#endif
-    void weigh() {
-      int64_t const at = row * lanes;
-      if constexpr (fixed_point) {
-        __m512i const weights =
-            fixed.weights((__m512)load(s + at), (__m512)load(s + at + column_floats), (__m512)splat(offset[row]));
-        largest = _mm512_max_epu16(largest, weights);
-        _mm512_storeu_si512(w + at, weights);
-      } else {
-        Vec x[2] = {load(s + at), load(s + at + column_floats)};
-        for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
-        exp2_in_range(Parts<T>::exp2_terms, x);
-        Atom::store_weights(w + at, x);
-        store(sums + at, load(sums + at) + (x[0] + x[1]));
-      }
-      ++row;
-    }
-
-    FLASHCORE_HD void rest_slowly(int64_t end) {
-      if (row < end) largest = weigh_slowly(*this, end);
-      row = end;
-    }
-
-    // The same where rows are `wide`, or also exactly. Returns the largest weights. (A copy: the fields stay in
-    // registers.)
-    __attribute__((noinline)) static __m512i weigh_slowly(Beside b, int64_t end) {
-      for (int64_t at = b.row * lanes; b.row < end; ++b.row, at += lanes) {
-        Vec const scores[2] = {load(b.s + at), load(b.s + at + column_floats)};
-        if (b.wide >> b.row & 1) {
-          Vec x[2];
-          for (int i = 0; i < 2; ++i) x[i] = exponents<T>(scores[i], b.factor, b.offset[b.row]);
-          exp2_in_range(Parts<T>::exp2_terms, x);
-          Atom::store_weights(b.w + at, x);
-        } else {
-          _mm512_storeu_si512(b.w + at,
-                              b.fixed.weights((__m512)scores[0], (__m512)scores[1], (__m512)splat(b.offset[b.row])));
-        }
-        b.largest = _mm512_max_epu16(b.largest, _mm512_loadu_si512(b.w + at));
-        if (!b.exact) continue;
-        Vec y[2];
-        for (int i = 0; i < 2; ++i) y[i] = scores[i] * splat(b.factor) + splat(b.exact_offset[b.row]);
-        exp2_in_range(Parts<Half>::exp2_terms, y);
-        store(b.exact + at, load(b.exact + at) + (y[0] + y[1]));
-      }
-      return b.largest;
-    }
-  };
 
   // Returns whether it has written the result: not where products of parts are not those of the numbers.
   bool run() {
