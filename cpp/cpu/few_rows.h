@@ -39,13 +39,6 @@ FLASHCORE_HD Vec load_lanes(const T* p) {
 #endif
 }
 
-// Brings the line at `p` into the second-level cache.
-FLASHCORE_HD void fetch([[maybe_unused]] const void* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p, 0, 2);
-#endif
-}
-
 // The dot products of rows: how many elements a step takes, and from what.
 template <typename Atom, typename T>
 struct Dot;

@@ -24,7 +24,7 @@
 //
 // Tried without gain: the next tile's rows fetched beside the products (5% faster at 64, 15% slower at 128: lines from
 // the last level hold what the loads of keys and values need; the next head's, every second line: 5 to 10% slower at
-// 512), rows fetched ahead while they are packed (0 to 2% slower with 128 keys), results' lines fetched for writing (4
+// 512), results' lines fetched for writing (4
 // to 8% slower), loads before stores where a block begins, weights of two passes in a ring of 22 KiB, not 32, passes of
 // 64 to 192 keys, a finished block written and the next one's queries packed beside the products, a row at a call (5 to
 // 10% slower: stores that wait for their lines hold up those of tiles), float16's scores without the products of second
