@@ -176,6 +176,68 @@ def test_infinite_keys_and_values(arrays, dtype):
     assert bool((out[:, 0] == math.inf).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(window=(300, 0))], ids=str)
+@pytest.mark.parametrize("far_out", [False, True])
+def test_tiles_of_whole_heads(arrays, dtype, options, far_out):
+    """One thread takes heads whole where it can, many divide them: the bits are the same, also of values that products
+    of tiles do not take (with bfloat16 on tile registers those from 2^100 on)."""
+    needs(arrays, dtype)
+    cpu_only(arrays)
+    query, key, value = arrays.qkv(1, 1700, 1700, 4, 4, 64, dtype, 55)
+    if far_out:
+        value = arrays.copy(value)
+        value[0, ::150, 2] = 6e4 if dtype == "float16" else 1e35  # all tiles see one
+    before = flashcore.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 16):
+            flashcore.set_num_threads(threads)
+            results.append(flashcore.attention(query, key, value, return_lse=True, **options.keywords()))
+    finally:
+        flashcore.set_num_threads(before)
+    for whole, divided in zip(*results, strict=True):
+        assert arrays.same_bits(whole, divided)
+    if not far_out:
+        assert_attention(arrays, *results[0], query, key, value, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("evil", [math.nan, math.inf])
+def test_value_that_is_not_finite_stays_in_its_column(arrays, dtype, evil):
+    """Of the one query of each sequence too, whose values may be multiplied as pairs of columns."""
+    needs(arrays, dtype)
+    query, key, value = arrays.qkv(2, 1, 200, 8, 2, 128, dtype, 51)
+    clean, clean_lse = flashcore.attention(query, key, value, return_lse=True)
+    for key_head, column in ((0, 0), (1, 33), (1, 127)):
+        spoilt = arrays.copy(value)
+        spoilt[1, 77, key_head, column] = evil
+        out, lse = flashcore.attention(query, key, spoilt, return_lse=True)
+        assert float(abs(lse - clean_lse).max()) < 1e-4
+        out, fresh = arrays.copy(out), arrays.copy(clean)
+        heads = slice(4 * key_head, 4 * key_head + 4)
+        spoiled = out[1, :, heads, column]
+        assert bool((abs(spoiled) == math.inf).all() if evil == math.inf else (spoiled != spoiled).all())
+        out[1, :, heads, column] = fresh[1, :, heads, column] = 0
+        assert float(abs(arrays.float64(out) - arrays.float64(fresh)).max()) < 1e-2
+        rest = [h for h in range(8) if h // 4 != key_head]
+        assert arrays.same_bits(out[0], fresh[0]) and arrays.same_bits(out[1][:, rest], fresh[1][:, rest])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("evil", [math.nan, math.inf])
+def test_nan_in_one_of_few_queries_stays_in_its_row(arrays, dtype, evil):
+    needs(arrays, dtype)
+    query, key, value = arrays.qkv(2, 2, 200, 8, 2, 128, dtype, 53)
+    clean = arrays.copy(flashcore.attention(query, key, value, causal=True))
+    spoilt = arrays.copy(query)
+    spoilt[1, 1, 5, 3] = evil
+    out = arrays.copy(flashcore.attention(spoilt, key, value, causal=True))
+    assert bool((out[1, 1, 5] != out[1, 1, 5]).all()), "a NaN went missing"
+    out[1, 1, 5] = clean[1, 1, 5] = 0
+    assert arrays.same_bits(out, clean), "a NaN reached another row"
+
+
 def test_tiny_float16(arrays):
     """Subnormal inputs are numbers, too."""
     query, key, value = arrays.qkv(1, 65, 100, 2, 2, 64, "float16", 13)

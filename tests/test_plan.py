@@ -144,6 +144,27 @@ def test_cpu_tiles_of_whole_heads(device):
         flashcore.set_num_threads(before)
 
 
+def test_cpu_tiles_whose_keys_are_held(device):
+    """On tile registers a head is one tile where its packed keys and values are held, and heads are enough."""
+    before = flashcore.get_num_threads()
+    on_tiles = flashcore.info()["cpu"]["isa"] == "avx512amx"
+    try:
+        flashcore.set_num_threads(2)
+        for seqlen, heads, dtype, held in (
+            (2048, 8, "bfloat16", True),
+            (2048, 7, "bfloat16", False),  # too few heads for an even load
+            (2049, 8, "bfloat16", False),  # too many keys, with a head dimension of 128
+            (1024, 8, "float16", True),
+            (2048, 8, "float16", False),
+        ):
+            for causal in (False, True):
+                plan = shape_plan("cpu", (1, seqlen, heads, 128), dtype=dtype, causal=causal)
+                assert (plan.tile_q > 768) == (held and on_tiles), (seqlen, heads, dtype)
+                assert not held or not on_tiles or plan.tiles == heads
+    finally:
+        flashcore.set_num_threads(before)
+
+
 def test_same_question_same_answer(gpu):
     """A pure function of values; plans compare by value and are hashable, their text tells them apart."""
     for backend in (None, *forced(gpu)):

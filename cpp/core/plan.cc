@@ -145,14 +145,18 @@ int heads_per_section(const Problem& problem, const DeviceProperties& device, in
   return static_cast<int>(std::clamp<int64_t>(device.l2_bytes / 2 / bytes_per_pair, 1, pairs));
 }
 
-// As large tiles as the cache and an even load of all threads allow: four for each, and eight where they differ (those
-// of whole heads do not). A query's bits do not depend on it.
+// As large tiles as the cache, or tile registers, and an even load of all threads allow: four for each, and eight where
+// they differ (those of whole heads do not). A query's bits do not depend on it.
 int cpu_tile_q(const Problem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   auto const wanted = [&](int tile_q) {
     bool const differ = uneven(problem) && (problem.varlen() || tile_q < s.seqlen_q);
     return int64_t{differ ? 8 : 4} * device.units;
   };
+  if (cpu::holds_keys(problem.query.dtype, s.seqlen_k, s.head_dim) &&
+      tiles(problem, cpu::tile_q_held, s.heads_q) >= wanted(cpu::tile_q_held)) {
+    return cpu::tile_q_held;
+  }
   int tile_q = cpu::tile_q_in(device.l2_bytes, s.head_dim);
   while (tile_q > cpu::least_tile_q && tiles(problem, tile_q, s.heads_q) < wanted(tile_q)) tile_q /= 2;
   return tile_q;

@@ -37,6 +37,17 @@ typename Parts<T>::Seen pack_tile_queries(RowOf row_of, int count, int head_dim,
   return seen;
 }
 
+// Brings rows [begin, end), of which there are `count`, into the second-level cache: the processor looks ahead only so
+// far, and what it does with some rows' elements keeps it from the next rows. (8 heads of 512 keys from the last-level
+// cache, in all: 4% shorter with 128 columns of bfloat16, 11% with 64 of float16, which takes more to pack.)
+template <typename T>
+FLASHCORE_HD void fetch_rows(const T* rows, int64_t stride, int begin, int end, int count, int head_dim) {
+  for (int i = begin; i < min_of(end, count); ++i) {
+    const char* const row = reinterpret_cast<const char*>(rows + i * stride);
+    for (int at = 0; at < head_dim * static_cast<int>(sizeof(T)); at += 64) fetch(row + at);
+  }
+}
+
 // Keys [0, count), filled up to `keys` of them (a multiple of 32), as [32 keys][step][part][2 tiles], a tile's row two
 // elements of each of 16 keys.
 template <typename T>
@@ -45,6 +56,7 @@ typename Parts<T>::Seen pack_tile_keys(const T* from, int64_t stride, int count,
   int const steps = ceil_div(head_dim, tile_depth);
   typename Parts<T>::Seen seen;
   for (int key = 0; key < keys; key += tile_columns) {
+    fetch_rows(from, stride, key + tile_columns, key + 2 * tile_columns, count, head_dim);
     uint16_t* at = to + (key / amx_block * steps * parts * 2 + key / tile_columns % 2) * tile_elements;
     for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
       __mmask32 const mask = mask_of(head_dim - s * tile_depth);
@@ -82,6 +94,7 @@ typename Parts<T>::Seen pack_tile_values(const T* from, int64_t stride, int coun
   int const blocks = ceil_div(head_dim, amx_block), steps = keys / tile_depth;
   typename Parts<T>::Seen seen;
   auto const pack = [&](int s, auto whole) {
+    fetch_rows(from, stride, (s + 1) * tile_depth, (s + 2) * tile_depth, count, head_dim);
     for (int c = 0; c < blocks; ++c) {
       __mmask32 const mask = mask_of(head_dim - c * amx_block);
       const T* const column = from + c * amx_block;

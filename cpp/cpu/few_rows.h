@@ -39,13 +39,6 @@ FLASHCORE_HD Vec load_lanes(const T* p) {
 #endif
 }
 
-// Brings the line at `p` into the second-level cache.
-FLASHCORE_HD void fetch([[maybe_unused]] const void* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p, 0, 2);
-#endif
-}
-
 // The dot products of rows: how many elements a step takes, and from what.
 template <typename Atom, typename T>
 struct Dot;
@@ -87,6 +80,12 @@ FLASHCORE_HD Vec sums_of(Vec (&v)[lanes]) {
 
 // For each of four rows the largest of its lanes, or their sum, in all of them.
 FLASHCORE_HD Vec of_four_rows(Vec v, bool largest) {
+#if defined(__AVX512F__) && defined(__GNUC__)
+  Vec const halves = (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e);
+  v = largest ? larger(halves, v) : v + halves;
+  Vec const quarters = (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1);
+  return largest ? larger(quarters, v) : v + quarters;
+#else
   float x[lanes];
   store(x, v);
   for (int half = lanes / 2; half >= 4; half /= 2) {
@@ -94,6 +93,7 @@ FLASHCORE_HD Vec of_four_rows(Vec v, bool largest) {
   }
   for (int i = 4; i < lanes; ++i) x[i] = x[i % 4];
   return load(x);
+#endif
 }
 
 // The state of four rows.

@@ -118,7 +118,9 @@ void run(const Params& params, DType dtype, const Plan& plan) {
   std::vector<SequenceTasks> sequences;
   int64_t tasks = 0;
   for (int b = 0; b < params.batch; ++b) {
-    sequences.push_back(tasks_of(params, b, sequence_of(params, b), clamp_to(plan.tile_q, 1, tile_q)));
+    Sequence const sequence = sequence_of(params, b);
+    int const most = holds_keys(dtype, sequence.seqlen_k, params.head_dim) ? tile_q_held : tile_q;
+    sequences.push_back(tasks_of(params, b, sequence, clamp_to(plan.tile_q, 1, most)));
   }
   std::stable_sort(sequences.begin(), sequences.end(),
                    [](const SequenceTasks& a, const SequenceTasks& b) { return a.cost > b.cost; });
@@ -198,6 +200,13 @@ void append(const KvCacheParams& p, int64_t element_bytes) {
 }
 
 }  // namespace
+
+bool holds_keys(DType dtype, int64_t seqlen_k, int64_t head_dim) {
+  int const parts = dtype == float32 ? 3 : dtype == float16 ? 2 : 1;  // of an element: Parts in amx.h
+  auto const whole = [](int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; };
+  int64_t const elements = 2 * whole(seqlen_k, 256) * whole(head_dim, 32);  // tiles of forward_amx.h
+  return std::strcmp(chosen().name, "avx512amx") == 0 && elements * parts * 2 <= packed_bytes;
+}
 
 void forward(const ForwardParams& params, DType dtype, const Plan& plan) {
   run(params, dtype, plan);

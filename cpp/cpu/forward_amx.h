@@ -7,24 +7,33 @@
 // have a new reference, and those weights once more. In bfloat16 the sums are those of the weights as the products take
 // them, and products make them: the largest weight is rounded too, and its error cancels.
 //
+// Where all keys of the tile are packed at a time, a head's mostly are, blocks of 32 rows are packed, computed and
+// written one after the other, and a tile may have a whole head's rows: 512 / 2,048 keys 5 / 8 to 20% shorter than with
+// all queries packed first and all rows written last, in tiles of 768.
+//
 // What bounds it (Xeon with AMX at 2.9 GHz, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128,
-// 512 keys): 10.0 / 16.4 in all (13.6 / 19.7 with weights by the polynomial and sums by vectors), of which what is
-// outside of the pipeline takes 2 / 3, the weights alone 2.5 (5.7), and the products 4.5 / 8.5 at their peak. Measured
-// apart, products with their loads and the weights beside them keep to it, 17 clocks each; the ends of blocks do not,
-// where the results come 52 clocks after the last product and four tiles are stored: 80 clocks where nothing hides
-// them. Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not, which
-// is why keys and values are loaded past it (15.6 / 24 clocks before) and scores have two units' memory, not three (6%
-// more).
+// 512 keys, before that): 10.0 / 16.4 in all (13.6 / 19.7 with weights by the polynomial and sums by vectors), of which
+// what is outside of the pipeline takes 2 / 3, the weights alone 2.5 (5.7), and the products 4.5 / 8.5 at their peak.
+// Measured apart, products with their loads and the weights beside them keep to it, 17 clocks each; the ends of blocks
+// do not, where the results come 52 clocks after the last product and four tiles are stored: 80 clocks where nothing
+// hides them. Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not,
+// which is why keys and values are loaded past it (15.6 / 24 clocks before) and scores have two units' memory, not
+// three (6% more). With 128 keys the products are a third of the time: 8 heads of 128 take 84 us, of which packing
+// takes 20, the pipeline 45 and writing 16, and 30 more where inputs come from the last-level cache, which is what
+// reading them takes there.
 //
 // Tried without gain: the next tile's rows fetched beside the products (5% faster at 64, 15% slower at 128: lines from
-// the last level hold what the loads of keys and values need), results' lines fetched for writing (4 to 8% slower),
-// loads before stores where a block begins, weights of two passes in a ring of 22 KiB, not 32, passes of 64 to 192
-// keys, a block of rows written as soon as it is finished (up to 7% slower), float16's scores without the products of
-// second parts where those are negligible (0 to 7% faster at 128, 3 to 6% slower at 64).
+// the last level hold what the loads of keys and values need; the next head's, every second line: 5 to 10% slower at
+// 512), results' lines fetched for writing (4
+// to 8% slower), loads before stores where a block begins, weights of two passes in a ring of 22 KiB, not 32, passes of
+// 64 to 192 keys, a finished block written and the next one's queries packed beside the products, a row at a call (5 to
+// 10% slower: stores that wait for their lines hold up those of tiles), float16's scores without the products of second
+// parts where those are negligible (0 to 7% faster at 128, 3 to 6% slower at 64).
 #pragma once
 
 #include "cpu/amx.h"
 #include "cpu/amx_pack.h"
+#include "cpu/amx_weights.h"
 
 namespace flashcore::cpu {
 namespace {
@@ -33,18 +42,21 @@ template <typename T, typename Score>
 struct ForwardTiles : TileRows<T, Score> {
   using Atom = TileAtom<T>;
   using Base = TileRows<T, Score>;
+  using Beside = WeightsBeside<T>;
   using Base::mask, Base::key_row, Base::offset_of, Base::params, Base::query_of, Base::rows, Base::score, Base::tile;
   static constexpr int parts = Atom::parts;
   // Keys of a tile here: storing a block of outputs and loading it again takes as long as its products with 64 keys, so
   // that there should be many. Packed they pass through the second-level cache. In float16 up to head dimension 64 half
   // as many are 4% faster (two passes' weights come to 32 KiB), above it they are slower.
   static constexpr int most_keys_of_tile = 256;
+  static constexpr int most_rows = tile_q_held;
   static constexpr int step_elements = parts * 2 * tile_elements;  // of a packed block, in a step
   static constexpr int unit_floats = block_floats;                 // scores of a unit
   static constexpr float largest_sum = 0x1p24f;                    // of a pass: above it a row has a new reference
   static constexpr bool fixed_point = Parts<T>::fixed_point;       // so are weights made, and products sum them
   static constexpr int weight_floats = most_keys_of_tile / tile_depth * Atom::step_floats;
-  static_assert(tile_q % amx_block == 0 && most_keys_of_tile % amx_block == 0 && amx_block == tile_depth);
+  static_assert(tile_q % amx_block == 0 && most_rows % amx_block == 0 && most_rows >= tile_q &&
+                most_keys_of_tile % amx_block == 0 && amx_block == tile_depth);
 
   // Where `fixed_point`: queries and keys below 2^59 make finite scores; products of values from 2^100 on may overflow,
   // and those of tiles of values below 2^-60, of which tile registers take what is subnormal for 0, may vanish.
@@ -56,6 +68,7 @@ struct ForwardTiles : TileRows<T, Score> {
     Span span;
     Span seen_by_all;  // keys of the sequence
     bool two_tiles;
+    bool completes;     // the block, whose rows then are written
     uint32_t wide = 0;  // rows that have their weights by the polynomial, if `fixed_point`
     float* weights;
     bool rescales = false;   // the outputs so far,
@@ -65,29 +78,35 @@ struct ForwardTiles : TileRows<T, Score> {
     int units() const { return (span.end - span.begin) / amx_block; }
   };
 
+  KeyRange range;  // of tiles of keys
   int keys_of_tile;
   int steps;            // of the head dimension
   int columns;          // head_dim in whole blocks
   int blocks;           // of 32 columns of outputs, the sums of the weights among them
   int packed_elements;  // of a packed tile of keys, or of values
   int held_tiles;       // tiles of keys that are packed at a time
-  uint16_t* queries;    // [block of 32 rows][step][part][2 tiles]
+  bool all_held;        // all tiles of keys are: each block of rows is finished, and written, before the next ones
+  uint16_t* queries;    // [block of 32 rows][step][part][2 tiles], if `all_held` of the last three blocks: pass() is
+                        // that far behind
   uint16_t* keys;       // [tile][32 keys][step][part][2 tiles]
   uint16_t* values;     // [tile][32 columns][32 keys][part][2 tiles]
-  float* out;           // [block of 32 rows][block of 32 columns], the last one sums of the weights if `fixed_point`
+  float* out;           // [block of 32 rows][block of 32 columns], the last one sums of the weights if `fixed_point`;
+                        // if `all_held` of the last two blocks
   float* scores;        // of three units: two in turn, and one to compute again
   float* weights;       // of two passes
   T* gathered;          // [keys_of_tile][head_dim]: rows that lie in pages
-  RowStates<tile_q> state;
-  float exact_sum[tile_q];     // of the weights before they are rounded
-  float offset[tile_q];        // offset_for() the row's reference (state.max)
-  float exact_offset[tile_q];  // -factor times the reference
+  struct {
+    float max[most_rows], sum[most_rows];
+  } state;                        // of rows that are there
+  float exact_sum[most_rows];     // of the weights before they are rounded
+  float offset[most_rows];        // offset_for() the row's reference (state.max)
+  float exact_offset[most_rows];  // -factor times the reference
   // Of each block the rows of which scores may be NaN, and held tiles of keys.
-  uint32_t wide_queries[tile_q / amx_block];
+  uint32_t wide_queries[most_rows / amx_block];
   bool wide_keys[packed_bytes / (4 * most_keys_of_tile * tile_depth)];
-  bool fresh[tile_q / amx_block];  // blocks that have no output yet
-  int settled_block = -1;          // all of whose rows have a reference
-  float unseen;                    // the score of a key that a row does not see
+  bool fresh[most_rows / amx_block];  // blocks that have no output yet
+  int settled_block = -1;             // all of whose rows have a reference
+  float unseen;                       // the score of a key that a row does not see
 
   // The pipeline (pass()).
   TileBlocks products;
@@ -103,6 +122,7 @@ struct ForwardTiles : TileRows<T, Score> {
   Pass* made = nullptr;  // whose weights are there, and of whose outputs the first `column` blocks of columns;
   int column = 0;        // the others come
   int turns = 0;         // in so many turns
+  int finished = -1;     // block whose rows are to be written
   Vec sums[amx_block];   // of the last pass, lane by lane
   Vec exact[amx_block];  // of the weights before they are rounded, for the log-sum-exp
 
@@ -113,8 +133,10 @@ struct ForwardTiles : TileRows<T, Score> {
         blocks(columns / amx_block + (fixed_point ? 1 : 0)),
         products(nullptr) {
     keys_of_tile = parts == 2 && p.head_dim <= 64 ? 128 : most_keys_of_tile;
+    range = mask.key_range(tile.q_begin, tile.q_begin + tile.queries, keys_of_tile);
     packed_elements = keys_of_tile * steps * tile_depth * parts;
     held_tiles = max_of(1, packed_bytes / (2 * 2 * packed_elements));
+    all_held = range.end - range.begin <= held_tiles;
     float* at = scratch;
     auto const take = [&](int64_t floats) {
       float* const taken = at;
@@ -135,117 +157,16 @@ struct ForwardTiles : TileRows<T, Score> {
                   4 * most_keys_of_tile * max_head_dim * parts <= packed_bytes);
   }
 
-  // The weights of a unit, `each` rows at a call. All that it needs is in itself: products are said to change memory,
-  // and what lies there would be read again after each.
-  struct Beside {
-    float factor;
-    const float* s = nullptr;
-    const float* offset = nullptr;
-    const float* exact_offset = nullptr;
-    float* w = nullptr;
-    float* sums = nullptr;
-    float* exact = nullptr;  // or null
-    int64_t row = 0, rows = 0;
-    int each = 0;  // rows of a call
-    bool slowly = false;
-    uint32_t wide = 0;
-    __m512i largest = _mm512_setzero_si512();  // of a pass, lane by lane, if `fixed_point`
-    FixedPoint const fixed;
-
-    FLASHCORE_HD explicit Beside(float factor_of_scores) : factor(factor_of_scores), fixed(factor_of_scores) {}
-
-    // Without a loop for 1, 2 and 4 rows: its end would be hard to foretell.
-    FLASHCORE_HD void operator()() {
-      if (row >= rows) return;
-      if (fixed_point && slowly) return rest_slowly(row + each);
-      weigh();
-      if (each == 1) return;
-      weigh();
-      if (each == 2) return;
-      weigh();
-      weigh();
-      for (int i = 4; i < each; ++i) weigh();
-    }
-    FLASHCORE_HD void rest() {
-      if (fixed_point && slowly) return rest_slowly(rows);
-      while (row < rows) weigh();
-    }
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    __attribute__((noinline))  // in a dozen places with checks GCC 12 takes minutes over it
-#else
-    FLASHCORE_HD
-#endif
-    void weigh() {
-      int64_t const at = row * lanes;
-      if constexpr (fixed_point) {
-        __m512i const weights =
-            fixed.weights((__m512)load(s + at), (__m512)load(s + at + column_floats), (__m512)splat(offset[row]));
-        largest = _mm512_max_epu16(largest, weights);
-        _mm512_storeu_si512(w + at, weights);
-      } else {
-        Vec x[2] = {load(s + at), load(s + at + column_floats)};
-        for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
-        exp2_in_range(Parts<T>::exp2_terms, x);
-        Atom::store_weights(w + at, x);
-        store(sums + at, load(sums + at) + (x[0] + x[1]));
-      }
-      ++row;
-    }
-
-    FLASHCORE_HD void rest_slowly(int64_t end) {
-      if (row < end) largest = weigh_slowly(*this, end);
-      row = end;
-    }
-
-    // The same where rows are `wide`, or also exactly. Returns the largest weights. (A copy: the fields stay in
-    // registers.)
-    __attribute__((noinline)) static __m512i weigh_slowly(Beside b, int64_t end) {
-      for (int64_t at = b.row * lanes; b.row < end; ++b.row, at += lanes) {
-        Vec const scores[2] = {load(b.s + at), load(b.s + at + column_floats)};
-        if (b.wide >> b.row & 1) {
-          Vec x[2];
-          for (int i = 0; i < 2; ++i) x[i] = exponents<T>(scores[i], b.factor, b.offset[b.row]);
-          exp2_in_range(Parts<T>::exp2_terms, x);
-          Atom::store_weights(b.w + at, x);
-        } else {
-          _mm512_storeu_si512(b.w + at,
-                              b.fixed.weights((__m512)scores[0], (__m512)scores[1], (__m512)splat(b.offset[b.row])));
-        }
-        b.largest = _mm512_max_epu16(b.largest, _mm512_loadu_si512(b.w + at));
-        if (!b.exact) continue;
-        Vec y[2];
-        for (int i = 0; i < 2; ++i) y[i] = scores[i] * splat(b.factor) + splat(b.exact_offset[b.row]);
-        exp2_in_range(Parts<Half>::exp2_terms, y);
-        store(b.exact + at, load(b.exact + at) + (y[0] + y[1]));
-      }
-      return b.largest;
-    }
-  };
-
   // Returns whether it has written the result: not where products of parts are not those of the numbers.
   bool run() {
     unseen = -1e9f / score.factor;
-    if (unseen < -1e38f) return false;
+    if (unseen < -1e38f || (rows > tile_q && !all_held)) return false;
     TileRegisters const registers;
-    KeyRange const range = mask.key_range(tile.q_begin, tile.q_begin + tile.queries, keys_of_tile);
-    const T* const array = static_cast<const T*>(params.q.data);
-    for (int block = 0; block * amx_block < rows; ++block) {
-      int const first = block * amx_block;
-      auto const seen = pack_tile_queries<T>([&](int row) { return array + offset_of(params.q, first + row); },
-                                             min_of(amx_block, rows - first), params.head_dim,
-                                             queries + block * steps * step_elements);
-      if constexpr (fixed_point) {
-        wide_queries[block] = seen.reaches(wide_from) ? wide_rows_of(block) : 0;
-      } else if (seen.unfit & out_of_range) {  // an infinite one makes NaN of its row, as it does without parts
-        return false;
-      }
-    }
     for (bool& block : fresh) block = true;
     clear_sums();
     for (int row = 0; row < ceil_div(rows, amx_block) * amx_block; ++row) {
       refer(row, minus_infinity());
-      exact_sum[row] = 0.0f;
+      state.sum[row] = exact_sum[row] = 0.0f;
     }
     for (int t = range.begin; t < range.end; t += held_tiles) {
       int const end = min_of(t + held_tiles, range.end);
@@ -255,13 +176,32 @@ struct ForwardTiles : TileRows<T, Score> {
       FlushedSubnormals const flushed;
       Beside beside(score.factor);
       for (int block = 0; block * amx_block < rows; ++block) {
+        if (t == range.begin && !pack_queries(block)) return false;
         for (int i = t; i < end; ++i) pass(block, i * keys_of_tile, i - t, beside);
       }
       finish(beside);
     }
-    write();
+    for (int block = 0; block * amx_block < rows; ++block) {
+      if (!all_held || fresh[block]) write(block);
+    }
     return true;
   }
+
+  // Returns whether products of parts are those of a block's queries.
+  bool pack_queries(int block) {
+    int const first = block * amx_block;
+    const T* const array = static_cast<const T*>(params.q.data);
+    auto const seen = pack_tile_queries<T>([&](int row) { return array + offset_of(params.q, first + row); },
+                                           min_of(amx_block, rows - first), params.head_dim, queries_of(block));
+    if constexpr (fixed_point) {
+      wide_queries[block] = seen.reaches(wide_from) ? wide_rows_of(block) : 0;
+      return true;
+    } else {
+      return !(seen.unfit & out_of_range);  // an infinite one makes NaN of its row, as it does without parts
+    }
+  }
+
+  uint16_t* queries_of(int block) const { return queries + (all_held ? block % 3 : block) * steps * step_elements; }
 
   // Rows of a block that have a query of which scores may be NaN. The others keep their bits.
   uint32_t wide_rows_of(int block) const {
@@ -324,6 +264,7 @@ struct ForwardTiles : TileRows<T, Score> {
     next.span = {max_of(begin, 0) / amx_block * amx_block, min_of(ceil_div(end, amx_block) * amx_block, packed)};
     next.seen_by_all = {mask.first_key(query_of(end_row)), mask.end_key(query_of(row))};
     next.two_tiles = rows - row > tile_rows;
+    next.completes = all_held && end <= keys_of_tile;
     if constexpr (fixed_point) next.wide = wide_keys[held] ? ~0u : wide_queries[block];
     next.weights = weights + last_pass % 2 * weight_floats;
     int const calls = steps * calls_of_step<Parts<T>::scores>;
@@ -339,6 +280,8 @@ struct ForwardTiles : TileRows<T, Score> {
   // products that follow and the outputs that are to be computed now, up to the returned block of columns.
   FLASHCORE_HD int advance(Pass* next, int index, float* next_scores, int calls, Beside& beside) {
     beside.rest();
+    if (finished >= 0) write(finished);
+    finished = -1;
     if (weighed.pass && weighed.index + 1 == weighed.pass->units()) {
       complete(*weighed.pass, beside.largest);
       beside.largest = _mm512_setzero_si512();
@@ -369,15 +312,20 @@ struct ForwardTiles : TileRows<T, Score> {
     for (; column < end; ++column) outputs(*made, column, beside);
     if (made && column == blocks) {
       fresh[made->block] = false;
+      if (made->completes) finished = made->block;
       made = nullptr;
     }
   }
 
   FLASHCORE_HD void finish(Beside& beside) {
     Nothing nothing;
+    for (int i = 0; i < 2; ++i) {
+      products.finish();
+      outputs_until(advance(nullptr, 0, nullptr, 1, beside), nothing);
+    }
     products.finish();
-    for (int i = 0; i < 2; ++i) outputs_until(advance(nullptr, 0, nullptr, 1, beside), nothing);
-    products.finish();
+    if (finished >= 0) write(finished);
+    finished = -1;
   }
 
   static float* weights_at(const Pass& p, int unit) { return p.weights + unit * Atom::step_floats; }
@@ -549,7 +497,7 @@ struct ForwardTiles : TileRows<T, Score> {
   }
 
   FLASHCORE_HD void compute_scores(const Pass& p, int unit, float* to, auto& beside) {
-    const uint16_t* const left = queries + p.block * steps * step_elements;
+    const uint16_t* const left = queries_of(p.block);
     const uint16_t* const right =
         keys + p.held * packed_elements + (p.span.begin / amx_block + unit) * steps * step_elements;
     if (p.two_tiles) {
@@ -560,7 +508,7 @@ struct ForwardTiles : TileRows<T, Score> {
     }
   }
 
-  float* out_of(int block) const { return out + block * blocks * block_floats; }
+  float* out_of(int block) const { return out + (all_held ? block % 2 : block) * blocks * block_floats; }
 
   // What must be before the scores of a unit become weights.
   void prepare(const Pass& p, int unit, float* s) {
@@ -626,16 +574,18 @@ struct ForwardTiles : TileRows<T, Score> {
     }
   }
 
-  void write() const {
+  // The rows of a block, whose outputs are there.
+  void write(int block) const {
     __mmask32 const all = mask_of(amx_block), present = mask_of(params.head_dim - (columns - amx_block));
-    for (int row = 0; row < rows; row += tile_rows) {
+    int const end = min_of((block + 1) * amx_block, rows);
+    for (int row = block * amx_block; row < end; row += tile_rows) {
       Vec const zero = splat(0.0f), sum = sums_of_rows(row);
       float sums_here[tile_rows], inverse[tile_rows];
       store(sums_here, sum);
       store(inverse, (Vec)_mm512_mask_div_ps((__m512)zero, _mm512_cmp_ps_mask((__m512)sum, (__m512)zero, _CMP_NEQ_UQ),
                                              (__m512)splat(1.0f), (__m512)sum));
-      bool const none = fresh[row / amx_block];
-      const float* from = out_of(row / amx_block) + row % amx_block * lanes;
+      bool const none = fresh[block];
+      const float* from = out_of(block) + row % amx_block * lanes;
       T* const first_row = static_cast<T*>(params.o.data) + offset_of(params.o, row);
       for (int i = 0; i < min_of(tile_rows, rows - row); ++i, from += lanes) {
         T* const to = tile.heads == 1 ? first_row + i * params.o.row_stride

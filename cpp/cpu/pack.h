@@ -11,6 +11,13 @@ namespace {
 
 constexpr int largest_row = 256;  // elements of the largest head dimension
 
+// Brings the line at `p` into the second-level cache.
+FLASHCORE_HD void fetch([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+
 // A row as an atom's lanes, `depth` of them: elements widened to float32, or pairs of bfloat16 as they are. float32
 // rows are used where they lie; others go through `room`.
 template <typename Atom>
