@@ -53,10 +53,10 @@ void validate(const KvCacheProblem& problem);
 void check_values(const KvCacheProblem& problem);
 
 // Chooses kernel, tiles and grid: a pure function of a problem that has passed validate(). Kernels: "sm90_decode",
-// "sm90_decode_turned", "sm80_decode", "cpu_forward". On the GPU `tiles` counts the most tiles of keys that all sequences and heads can have,
-// and `splits` is the most parts that a sequence's keys are divided into. Prompts, which fill tiles of queries, get a
-// forward kernel's plan, as plan(const Problem&, ...) makes it; where the cache has pages only long ones, and then
-// `workspace` has room for all of its keys and values side by side.
+// "sm90_decode_turned", "sm80_decode", "cpu_forward". On the GPU `tiles` counts the most tiles of keys that all
+// sequences and heads can have, and `splits` is the most parts that a sequence's keys are divided into. Prompts, which
+// fill tiles of queries, get a forward kernel's plan, as plan(const Problem&, ...) makes it; where the cache has pages
+// only long ones, and then `workspace` has room for all of its keys and values side by side.
 Plan plan(const KvCacheProblem& problem, const DeviceProperties& device);
 std::string explain(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& plan);
 
