@@ -35,10 +35,6 @@ To with_options_of(const From& problem) {
   return to;
 }
 
-}  // namespace
-
-namespace {
-
 // An array of the keys, or of the values, of all pages of each sequence.
 Tensor together(const KvCacheProblem& problem) {
   Sizes const s = sizes(problem);

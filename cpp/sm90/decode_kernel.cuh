@@ -1,22 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode kernel for compute capability 9.0: a few queries a sequence over a long cache, which is bound by reading
 // the cache. A block has a part of the keys of one sequence and key head. Its producer warp keeps a ring of tiles of
-// keys and values full through TMA, and four consumer warps multiply what has come. README.md beside this file tells
+// keys and values full through TMA, and four consumer warps multiply what has come. decode.md beside this file tells
 // how the keys are divided and who merges.
 //
 // Every instruction is fetched once a block, and at the end of a short part nothing hides that: loops that run once or
 // twice are not unrolled, and divisions are of 32 bits.
 #pragma once
 
-#include <bit>
-
-#include "core/cuda_check.h"
-#include "core/once_per_device.h"
-#include "flashcore/plan.h"
 #include "sm90/decode_consumers.cuh"
 #include "sm90/decode_finish.cuh"
+#include "sm90/decode_launch.cuh"
 #include "sm90/decode_producer.cuh"
-#include "sm90/dependent_launch.h"
 
 namespace flashcore::sm90 {
 
@@ -66,20 +61,10 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
 
 template <class Config>
 void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
-  constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const paged = p.page_table != nullptr;
   int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
   bool const whole = p.head_dim == 64 * Config::panels;  // panels: one box brings all columns
-  auto const cache = [&](Rows<void const*> const& rows) {
-    return tensor_map(
-        {rows.data,
-         dtype,
-         whole ? 64 : p.head_dim,
-         {paged ? p.page_size : p.seqlen_k, whole ? Config::panels : 1, p.heads_k, paged ? p.pages : p.batch},
-         {rows.row_stride, 64, rows.head_stride, rows.batch_stride},
-         {box_rows, whole ? Config::panels : 1}});
-  };
-  auto const log2_of_power = [](int x) { return std::countr_zero(static_cast<unsigned>(x)); };
+  auto const cache = [&](Rows<void const*> const& rows) { return cache_map<Config>(p, rows, box_rows, whole); };
   // A single sequence's clusters leave room for the next call's, whose first tiles then come while these end. (4,096
   // keys 9.8 us, 9.2 so, and 9.0 with five tiles; 32,768 47.4, 46.8; but 131,072 176.6, 179.) Where parts are found by
   // the lengths, blocks start while the merge before works, and bring one tile: 8 sequences of 8,192 keys 93.1 us, 91.1
@@ -102,21 +87,8 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
                                   prefetched,
                                   p.even == 0 || prefetched > 0};
 
-  auto const kernel = decode_kernel<Config>;
-  static OncePerDevice once;
-  once([&] {
-    constexpr int most_shared_memory = 227 << 10;  // of a block on compute capability 9.0
-    char const* const preparing = "preparing the sm90 decode kernel";
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory),
-               preparing);
-    cuda_check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        preparing);
-  });
-  launch_dependent(
-      kernel,
-      {dim3(static_cast<unsigned>(plan.blocks)), Config::threads, plan.shared_memory, plan.cluster, /*early=*/true},
-      stream, arguments, "launching the sm90 decode kernel");
+  launch_decode<decode_kernel<Config>>(plan, Config::threads, arguments, stream, "preparing the sm90 decode kernel",
+                                       "launching the sm90 decode kernel");
 }
 
 }  // namespace flashcore::sm90

@@ -58,25 +58,10 @@ __device__ __forceinline__ RowPlace row_place(TurnedArguments const& a, TurnedPa
   return {token, part.head * a.group.divisor + part.first_row + row - token * a.group.divisor};
 }
 
-__device__ __forceinline__ void store_float(bool acts, uint32_t to, float x) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(to), "f"(x),
-               "r"(int{acts})
-               : "memory");
-}
-
 // --- barriers of warps -----------------------------------------------------------------------------------------------
 
-// Each producer says that its mbarriers are set up, and the first one when the part is known, too; the consumers wait
-// for that.
-template <class Config>
-__device__ __forceinline__ void tell_consumers() {
-  asm volatile("barrier.cta.arrive.aligned 2, %0;" ::"n"(Config::threads) : "memory");
-}
-template <class Config>
-__device__ __forceinline__ void wait_for_producers() {
-  asm volatile("barrier.cta.sync.aligned 2, %0;" ::"n"(Config::threads) : "memory");
-}
-// The other producers know the part by themselves. In shared memory they look at it when they have asked for all tiles.
+// Each producer's tell_part() says that its mbarriers are set up, the first one's that the part is known, too. The
+// other producers know the part by themselves. In shared memory they look at it when they have asked for all tiles.
 template <class Config>
 __device__ __forceinline__ void tell_producers() {
   asm volatile("barrier.cta.arrive.aligned 3, %0;" ::"n"(32 * Config::groups) : "memory");

@@ -63,7 +63,7 @@ __device__ __forceinline__ void bring_queries(TurnedArguments const& a, TurnedMe
                      row < part.valid_rows && chunk * 8 < p.head_dim);
   }
   sm80::copy_commit();
-  wait_for_producers<Config>();
+  wait_for_part<Config>();
   if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
   sm80::copy_wait_all();
 }

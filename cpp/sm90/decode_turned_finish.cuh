@@ -157,12 +157,12 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
       sum += __shfl_xor_sync(0xffffffffu, sum, step);
       exact += __shfl_xor_sync(0xffffffffu, exact, step);
     }
-    store_float(acts && lane < 4, sums + row * key_warps * 4, sum);
-    store_float(acts && lane < 4, sums + (Config::rows + row) * key_warps * 4, exact);
+    store_shared(acts && lane < 4, sums + row * key_warps * 4, sum);
+    store_shared(acts && lane < 4, sums + (Config::rows + row) * key_warps * 4, exact);
 #pragma unroll
     for (int m = 0; m < Config::panels; ++m) {
-      store_float(acts, outputs + (row * merge_stride + m * 64) * 4, work.o[m][x]);
-      store_float(acts, outputs + (row * merge_stride + m * 64 + 8) * 4, work.o[m][x + 2]);
+      store_shared(acts, outputs + (row * merge_stride + m * 64) * 4, work.o[m][x]);
+      store_shared(acts, outputs + (row * merge_stride + m * 64 + 8) * 4, work.o[m][x + 2]);
     }
   }
   if (acts) consumers_sync(Config::consumers);

@@ -2,19 +2,14 @@
 // sm90_decode_turned, the decode kernel for one sequence, or a few, on compute capability 9.0: their blocks know their
 // part of the work without the lengths. wgmma has 64 rows: here these are keys, then columns of the output, and the
 // products have as few columns as there are rows of queries. Two groups of four warps take the block's tiles in turn,
-// each with a ring and a producer of its own, so that one multiplies while the other waits for its softmax. README.md
+// each with a ring and a producer of its own, so that one multiplies while the other waits for its softmax. decode.md
 // beside this file tells what that gains.
 #pragma once
 
-#include <bit>
-
-#include "core/cuda_check.h"
-#include "core/once_per_device.h"
-#include "flashcore/plan.h"
+#include "sm90/decode_launch.cuh"
 #include "sm90/decode_turned_consumers.cuh"
 #include "sm90/decode_turned_finish.cuh"
 #include "sm90/decode_turned_producer.cuh"
-#include "sm90/dependent_launch.h"
 
 namespace flashcore::sm90 {
 
@@ -57,21 +52,11 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
 
 template <class Config>
 void run_decode_turned(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
-  constexpr DType dtype = std::is_same_v<typename Config::Element, __half> ? float16 : bfloat16;
   bool const paged = p.page_table != nullptr;
   int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
   // One box brings all columns of its keys, if these are a whole tile's.
   bool const whole = p.head_dim == 64 * Config::panels && box_rows == Config::tile_k;
-  auto const cache = [&](Rows<void const*> const& rows) {
-    return tensor_map(
-        {rows.data,
-         dtype,
-         whole ? 64 : p.head_dim,
-         {paged ? p.page_size : p.seqlen_k, whole ? Config::panels : 1, p.heads_k, paged ? p.pages : p.batch},
-         {rows.row_stride, 64, rows.head_stride, rows.batch_stride},
-         {box_rows, whole ? Config::panels : 1}});
-  };
-  auto const log2_of_power = [](int x) { return std::countr_zero(static_cast<unsigned>(x)); };
+  auto const cache = [&](Rows<void const*> const& rows) { return cache_map<Config>(p, rows, box_rows, whole); };
   // A single sequence's clusters leave room for the next call's, whose first tiles then come while these end (4,096
   // keys, 3 / 4 / 5 / 6 tiles 7.7 / 7.7 / 7.8 / 8.4 us, 32,768 44.9 / 45.0 / 45.2 / 45.8). With 131,072 keys that costs
   // 1%.
@@ -90,21 +75,9 @@ void run_decode_turned(DecodeParams const& p, Plan const& plan, cudaStream_t str
                                   log2_of_power(plan.cluster),
                                   prefetches ? most_prefetched : 0};
 
-  auto const kernel = decode_turned_kernel<Config>;
-  static OncePerDevice once;
-  once([&] {
-    constexpr int most_shared_memory = 227 << 10;  // of a block on compute capability 9.0
-    char const* const preparing = "preparing the sm90_decode_turned kernel";
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory),
-               preparing);
-    cuda_check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        preparing);
-  });
-  launch_dependent(
-      kernel,
-      {dim3(static_cast<unsigned>(plan.blocks)), Config::threads, plan.shared_memory, plan.cluster, /*early=*/true},
-      stream, arguments, "launching the sm90_decode_turned kernel");
+  launch_decode<decode_turned_kernel<Config>>(plan, Config::threads, arguments, stream,
+                                              "preparing the sm90_decode_turned kernel",
+                                              "launching the sm90_decode_turned kernel");
 }
 
 }  // namespace flashcore::sm90

@@ -13,7 +13,7 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
                                         int lane) {
   constexpr int groups = Config::groups, log_tile = 6;
   static_assert(Config::tile_k == 1 << log_tile);
-  if (group > 0) tell_consumers<Config>();
+  if (group > 0) tell_part<Config>();
   sm80::DecodeParams const& p = a.p;
   TurnedRing<Config> ring(a, shared, group, lane);
   int const box_rows = 1 << a.log_box, log_boxes = log_tile - a.log_box, boxes = 1 << log_boxes;
@@ -81,7 +81,7 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
   }
   __syncwarp();
   if (group == 0) {
-    tell_consumers<Config>();
+    tell_part<Config>();
     tell_producers<Config>();
   }
 

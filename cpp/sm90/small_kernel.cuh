@@ -2,7 +2,7 @@
 // The kernel for small problems, where launch, first loads and idle multiprocessors take longer than the arithmetic. A
 // block has one tile of queries and a part of the keys that fits its shared memory: it asks for everything at once and
 // multiplies what is there. Warpgroups, and blocks of a cluster, divide a tile's keys and merge their results through
-// (distributed) shared memory. README.md beside this file says which step waits for which.
+// (distributed) shared memory. small.md beside this file says which step waits for which.
 #pragma once
 
 #include "attention/mask.h"
