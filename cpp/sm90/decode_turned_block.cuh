@@ -214,7 +214,7 @@ struct TurnedWork {
     return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};
   }
   __device__ __forceinline__ float rounded_sum(int i) const {
-    if constexpr (Config::exact_references) return sum[i];
+    if constexpr (Config::one_sum) return sum[i];
     float2 const more = of_pair(gap[i / 2]);
     return sum[i] + (i % 2 == 0 ? more.x : more.y);
   }
@@ -255,9 +255,10 @@ struct TurnedConfig {
   static constexpr int blocks_a_unit = tile.blocks_a_unit();
   // The logarithm of the largest weight, so that the element type holds it, and sums of it are far from infinite.
   static constexpr float slack = std::is_same_v<Element, __half> ? 14.0f : 40.0f;
-  // Or references are always a row's largest score so far, whose weight is exactly 1: 32 rows of 128 columns have no
-  // registers for what rounding makes of the sums.
-  static constexpr bool exact_references = rows_ == 32 && head_dim_ == 128;
+  // 32 rows of 128 columns have registers for one sum only: that of the rounded weights or, for the log-sum-exp, the
+  // exact one. References are then always a row's largest score so far, whose weight, 1, is not rounded (32,768 keys
+  // 69 us; by references that rarely move 48).
+  static constexpr bool one_sum = rows_ == 32 && head_dim_ == 128;
   // And of the least of a group's first tile, by which references may begin as 0.
   static constexpr float least = std::is_same_v<Element, __half> ? -4.0f : -40.0f;
 

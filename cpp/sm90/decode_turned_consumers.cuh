@@ -159,7 +159,7 @@ __device__ __forceinline__ void raise_references(TurnedMemory<Config> const& sha
     float const ratio[2] = {exp2_of(before(row) - raised(row)), exp2_of(before(row + 1) - raised(row + 1))};
     work.sum[r] *= ratio[0];
     work.sum[r + 1] *= ratio[1];
-    if constexpr (!Config::exact_references) work.scale_gap(r / 2, ratio[0], ratio[1]);
+    if constexpr (!Config::one_sum) work.scale_gap(r / 2, ratio[0], ratio[1]);
 #pragma unroll
     for (int m = 0; m < Config::panels; ++m) {
 #pragma unroll
@@ -193,6 +193,7 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
   // The groups take the tiles in turn. Of a tile, this warp's first key:
   int const group = warp / Config::key_warps, tile_key = warp % Config::key_warps * Config::warp_keys;
   float const factor = p.score.factor;
+  bool const exact = Config::one_sum && p.lse != nullptr;  // see one_sum
   StagePlace place;
   int const count = part.count;
   auto const release = [&] {
@@ -305,7 +306,11 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
         for (int h = 0; h < eights; ++h) {
           float2 const got = sum_of_pairs(packed, h);
           int const held = 4 * j + 2 * h;
-          gap[held / 2] = Precision<__nv_bfloat16>::pack(got.x - sum[held], got.y - sum[held + 1]);
+          if constexpr (Config::one_sum) {
+            if (!exact) sum[held] = got.x, sum[held + 1] = got.y;
+          } else {
+            gap[held / 2] = Precision<__nv_bfloat16>::pack(got.x - sum[held], got.y - sum[held + 1]);
+          }
         }
         if constexpr (eights == 1) {
           asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(packed[0]),
@@ -318,8 +323,7 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
         }
       }
       cutlass::arch::fence_view_async_shared();
-      if constexpr (Config::exact_references) return most > 0.0f || turn == 0;
-      return most > Config::slack || (turn == 0 && (rows > 16 || least < Config::least));
+      return most > (exact ? 0.0f : Config::slack) || (turn == 0 && (rows > 16 || least < Config::least));
     };
     if (group_any<Config>(group, weigh())) {
       raise_references<Config>(shared, work, s, factor, turn == 0, warp, lane);
@@ -330,7 +334,7 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
     for (int r = 0; r < TurnedWork<Config>::rows_held; r += 2) {
       work.sum[r] += sum[r];
       work.sum[r + 1] += sum[r + 1];
-      if constexpr (!Config::exact_references) work.add_gap(r / 2, gap[r / 2]);
+      if constexpr (!Config::one_sum) work.add_gap(r / 2, gap[r / 2]);
     }
 
     shared.full(group)[place.stage].wait(place.phase);
