@@ -58,10 +58,10 @@ void run_decode_turned(DecodeParams const& p, Plan const& plan, cudaStream_t str
   bool const whole = p.head_dim == 64 * Config::panels && box_rows == Config::tile_k;
   auto const cache = [&](Rows<void const*> const& rows) { return cache_map<Config>(p, rows, box_rows, whole); };
   // A single sequence's clusters leave room for the next call's, whose first tiles then come while these end (4,096
-  // keys, 3 / 4 / 5 / 6 tiles 7.7 / 7.7 / 7.8 / 8.4 us, 32,768 44.9 / 45.0 / 45.2 / 45.8). With 131,072 keys that costs
-  // 1%.
-  constexpr int most_prefetched = 4, most_keys = 65536;
-  bool const prefetches = p.batch == 1 && plan.cluster > 1 && p.seqlen_k <= most_keys;
+  // keys of dimension 128, 2 / 4 tiles 7.6 / 7.5 us, 32,768 45.0 / 44.4). With 65,536 keys that takes 88 to 104,
+  // without 88.9.
+  constexpr int most_prefetched = 4, most_elements = 32768 * 128;
+  bool const prefetches = p.batch == 1 && plan.cluster > 1 && int64_t{p.seqlen_k} * p.head_dim <= most_elements;
   TurnedArguments const arguments{cache(p.k),
                                   cache(p.v),
                                   p,

@@ -85,6 +85,9 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
     tell_producers<Config>();
   }
 
+  auto const let_next = [&] {
+    if (a.prefetched > 0 && group == groups - 1) launch_dependents();
+  };
   // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
   int pages = -1;
   if (paged && !ahead) next_pages = pages_from(part, 0, part.keys);
@@ -99,9 +102,12 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
       block = __shfl_sync(0xffffffffu, pages, (box + ring.box()) % 32);
       row = row_in_page(row);
     }
+    // The next call's blocks may come when the last tile is about to be asked for: 32,768 keys 44.4 us in every round.
+    // When it has been, 45 to 55, by where the blocks find room, it seems; when the last two are about to be, 45.2.
+    if (i + groups >= part.count) let_next();
     if (i > group || !ahead) ring.load(row, part.head, block, true);
   }
-  if (a.prefetched > 0 && group == groups - 1) launch_dependents();
+  if (part.count <= group) let_next();
   if (group > 0) wait_as_producer<Config>();
 }
 
