@@ -35,7 +35,8 @@ class CudaTimer:
         guess = begin.elapsed_time(end) / 3
         self.calls = sets * max(1, math.ceil(min(5.0, milliseconds) / (guess * sets)))
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Or what JAX's threads do meanwhile ends the capture, and torch 2.11, which then frees it twice, the process.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             walk(self.calls)
         self.replays = 1
         self.replays = max(1, round(milliseconds * 1e3 / (self.microseconds() * self.calls)))
