@@ -151,7 +151,7 @@ def chains(shape: tuple[int, ...], rounds: int) -> dict[str, float]:
             function(q, k, v)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             function(q, k, v)
         return graph.replay
 
