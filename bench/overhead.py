@@ -5,7 +5,8 @@
 
 Issued: many calls one after another, the mean of the best of several rounds. On a GPU the calls return before the work
 is done, so this is the time to issue them; the queue is emptied between rounds. Alone: single calls, each with the wait
-for its result, the median of the best round.
+for its result, the median of the best round. Beside them, on a GPU, the least that any call takes: a kernel that does
+nothing, which PyTorch launches, and the wait with nothing to wait for.
 
 Chains, on a GPU: calls that depend on each other, in one program: what a longer chain takes more than a short one, for
 each call that it has more, waited for. In a CUDA graph and under a compiler the host has nothing to do for a call, so
@@ -218,6 +219,10 @@ def measure(device: str, count: int, rounds: int) -> dict[str, Any]:
         if not all(torch.allclose(result, results[-1], atol=4e-3) for result in results):
             raise RuntimeError(f"{label}: the interfaces do not give the same result")
         every.update({(label, name): call for name, call in calls.items()})
+    if device == "cuda":
+        for label in shapes:
+            every[label, "torch, a kernel that does nothing"] = lambda: torch.cuda._sleep(0)
+            every[label, "nothing but the wait"] = lambda: None
     time_calls(every, torch.cuda.synchronize if device == "cuda" else lambda: None)
     found = chains(SHAPES[CHAINED], rounds) if device == "cuda" else {}
     # Last, since JAX's threads take part of the machine once it is there.
