@@ -148,12 +148,19 @@ void run(const Params& params, DType dtype, const Plan& plan) {
             slice.end_key_tile};
   };
 
+  // A thread has neighbouring heads, whose rows often lie side by side: the processor, which looks ahead in memory, then
+  // brings what the thread will need, and not into its own cache what another one is about to read. (Two threads, 128
+  // keys: 11 to 13% shorter than where each takes the next head.) Sequences of different lengths are handed out costliest
+  // first instead, so that no thread has to wait long for another.
+  bool const even = sequences.empty() || sequences.front().cost == sequences.back().cost;
+  HandOut const hand_out = even ? HandOut::in_runs : HandOut::one_by_one;
   int const splits = plan.splits;
   if (splits == 1) {
-    parallel_for(tasks, [&](int64_t task) {
+    auto body = [&](int64_t task) {
       DefaultFloats const environment;
       forward_tile(params, tile_of(task), element, scratch());
-    });
+    };
+    parallel_for(tasks, body, hand_out);
   } else {
     int64_t const partial_floats = int64_t{most_key_heads} * few_rows * (params.head_dim + 2);
     std::vector<float> partials(static_cast<size_t>(tasks * splits * partial_floats));
