@@ -143,12 +143,12 @@ struct ForwardTiles : TileRows<T, Score> {
       at += floats;
       return taken;
     };
+    scores = take(3 * unit_floats);
+    weights = take(2 * weight_floats);
     keys = reinterpret_cast<uint16_t*>(take(held_tiles * packed_elements / 2));
     values = reinterpret_cast<uint16_t*>(take(held_tiles * packed_elements / 2));
     queries = reinterpret_cast<uint16_t*>(take(tile_q * max_head_dim * parts / 2));
     out = take(tile_q * (max_head_dim + amx_block));
-    scores = take(3 * unit_floats);
-    weights = take(2 * weight_floats);
     products = TileBlocks(scores + 2 * unit_floats);
     gathered = reinterpret_cast<T*>(at);
     constexpr int64_t floats = tile_q * max_head_dim * parts / 2 + tile_q * (max_head_dim + amx_block) +

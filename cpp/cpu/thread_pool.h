@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A small pool of threads: one loop at a time, its iterations handed out as threads are free. No OpenMP runtime: that is
-// neither safe after fork nor quiet under ThreadSanitizer, and a second one beside torch's would oversubscribe the processor.
+// A small pool of threads: one loop at a time, its iterations handed out as threads are free. No OpenMP runtime: that
+// is neither safe after fork nor quiet under ThreadSanitizer, and a second one beside torch's would oversubscribe the
+// processor.
 #pragma once
 
 #include <cstdint>
