@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Divides a forward problem into tiles of queries and hands them to the threads: head after head, whose keys and values
-// stay in the last-level cache meanwhile, and of each head those with the most keys first.
+// Divides a forward problem into tiles of queries and hands them to the threads: to each neighbouring heads, head after
+// head, whose keys and values stay in the last-level cache meanwhile, and of each head those with the most keys first.
 #include <algorithm>
 #include <cstring>
 #include <memory>
