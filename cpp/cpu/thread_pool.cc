@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <system_error>
@@ -76,20 +77,19 @@ void spin(Ready ready) {
 
 class Pool {
  public:
-  void run(int64_t count, void (*body)(void*, int64_t), void* context, int threads) {
+  void run(int64_t count, void (*body)(void*, int64_t), void* context, int threads, HandOut hand_out) {
     std::lock_guard turn(turn_);
     {
       std::lock_guard lock(mutex_);
       body_ = body;
       context_ = context;
-      count_ = count;
-      next_.store(0, std::memory_order_relaxed);
       error_ = nullptr;
       wanted_ = start_workers(threads - 1);
+      divide(count, hand_out == HandOut::one_by_one ? 1 : wanted_ + 1);
       loops_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    work();
+    work(0);
     // Threads that outnumber the processors must not keep each other from them.
     if (threads <= processors()) spin([&] { return working_ == 0; });
     std::exception_ptr error;
@@ -120,9 +120,10 @@ class Pool {
       wake_.wait(lock, [&] { return wanted_ > 0; });
       --wanted_;
       ++working_;
+      int const own = ++joined_ % runs_;
       uint32_t const loop = loops_.load(std::memory_order_relaxed);
       lock.unlock();
-      work();
+      work(own);
       lock.lock();
       if (--working_ == 0) done_.notify_one();
       if (workers_ < processors()) {
@@ -133,16 +134,35 @@ class Pool {
     }
   }
 
-  void work() {
+  // A part of the iterations, taken in order, on cache lines of its own.
+  struct alignas(64) Run {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  void divide(int64_t count, int runs) {
+    if (runs > most_runs_) {
+      run_ = std::make_unique<Run[]>(static_cast<size_t>(runs));
+      most_runs_ = runs;
+    }
+    runs_ = runs;
+    joined_ = 0;
+    for (int i = 0; i < runs; ++i) {
+      run_[i].next.store(count / runs * i + std::min<int64_t>(count % runs, i), std::memory_order_relaxed);
+      run_[i].end = count / runs * (i + 1) + std::min<int64_t>(count % runs, i + 1);
+    }
+  }
+
+  // The iterations of run `own`, then what the others have left.
+  void work(int own) {
     inside_a_loop = true;
     try {
-      for (;;) {
-        int64_t const i = next_.fetch_add(1, std::memory_order_relaxed);
-        if (i >= count_) break;
-        body_(context_, i);
+      for (int i = 0; i < runs_; ++i) {
+        Run& run = run_[(own + i) % runs_];
+        for (int64_t at; (at = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) body_(context_, at);
       }
     } catch (...) {
-      next_.store(count_, std::memory_order_relaxed);
+      for (int i = 0; i < runs_; ++i) run_[i].next.store(run_[i].end, std::memory_order_relaxed);
       std::lock_guard lock(mutex_);
       if (!error_) error_ = std::current_exception();
     }
@@ -158,8 +178,8 @@ class Pool {
   std::exception_ptr error_;
   void (*body_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
-  int64_t count_ = 0;
-  std::atomic<int64_t> next_{0};
+  std::unique_ptr<Run[]> run_;
+  int most_runs_ = 0, runs_ = 1, joined_ = 0;
   std::atomic<uint32_t> loops_{0};  // counts them, for workers that spin
 };
 
@@ -190,13 +210,13 @@ void set_num_threads(int threads) {
   thread_limit().store(threads, std::memory_order_relaxed);
 }
 
-void parallel_for(int64_t count, void (*body)(void*, int64_t), void* context) {
+void parallel_for(int64_t count, void (*body)(void*, int64_t), void* context, HandOut hand_out) {
   int const threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
   if (threads <= 1 || inside_a_loop) {
     for (int64_t i = 0; i < count; ++i) body(context, i);
     return;
   }
-  pool().run(count, body, context, threads);
+  pool().run(count, body, context, threads, hand_out);
 }
 
 }  // namespace flashcore::cpu
