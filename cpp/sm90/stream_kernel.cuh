@@ -164,20 +164,10 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
   auto const load_values = [&](int buffer, int job, int i) {
     load_chunk(a.v, shared.v[buffer], shared.v_full[buffer], job, i);
   };
-  // Two threads, in the order in which the products come: what all blocks ask for first is to come first. A block alone
-  // asks for the rest when its first keys are there.
-  if (threadIdx.x == 0) {
-    load_queries(0);
-    load_values(0, 0, 0);
-    if (!alone()) load_values(1, 0, 1);
-  }
-  if (threadIdx.x == 128) {
-    load_keys(0, 0, 0);
-    if (!alone()) {
-      load_keys(1, 0, 1);
-      load_queries(1);
-    }
-  }
+  // What all blocks ask for first is to come first: the rest when the first keys are there.
+  if (threadIdx.x == 0) load_queries(0);
+  if (threadIdx.x == 128) load_keys(0, 0, 0);
+  if (threadIdx.x == 32) load_values(0, 0, 0);
   __syncwarp();
 
   int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
@@ -227,14 +217,14 @@ __global__ void __launch_bounds__(Config::threads, StreamTile::blocks_a_unit)
     if (chunk == 0) launch_dependents();
     shared.k_full[buffer].wait(phase);
     issue_scores(job, buffer);
-    if (chunk == 0 && alone()) {
+    if (chunk == 0) {
       if (threadIdx.x == 128) load_keys(1, 0, 1);
       if (threadIdx.x == 160) load_values(1, 0, 1);
       if (threadIdx.x == 192) load_queries(1);
-      __syncwarp();
     }
-    // The second warpgroup is the later one: while products run, its warps have the places filled again.
-    if (threadIdx.x == 224 && chunk > 0) {
+    // While products run, places are filled again: of keys, which both warpgroups have read when the second one does
+    // its exponentials, by the first one's warps, and of values, whose last reader is the second one, by its.
+    if (threadIdx.x == 96 && chunk > 0) {
       shared.k_empty[buffer ^ 1].wait((chunk - 1) >> 1 & 1);
       load_keys(buffer ^ 1, job, i + 1);
     }
