@@ -50,9 +50,10 @@ struct TileScheduler {
     return varlen ? seqlen_q / tile_q + batch + 1 : (seqlen_q + tile_q - 1) / tile_q * batch;
   }
 
-  // False where the index has no work.
-  FLASHCORE_HD bool work(const ForwardParams& p, uint32_t index, Work& w) const {
-    return p.cu_seqlens_q ? varlen_work(p, index, w) : fixed_work(p, index, w);
+  // False where the index has no work. A caller whose indices only grow keeps in `from` the sequence that the last one
+  // was found in (variable-length), 0 at first: the search goes on from there.
+  FLASHCORE_HD bool work(const ForwardParams& p, uint32_t index, Work& w, int* from = nullptr) const {
+    return p.cu_seqlens_q ? varlen_work(p, index, w, from) : fixed_work(p, index, w);
   }
 
  private:
@@ -81,11 +82,17 @@ struct TileScheduler {
     return clamp_to(p.cu_seqlens_q[b], 0, p.seqlen_q) / tile_q + b;
   }
 
-  FLASHCORE_HD bool varlen_work(const ForwardParams& p, uint32_t index, Work& w) const {
+  FLASHCORE_HD bool varlen_work(const ForwardParams& p, uint32_t index, Work& w, int* from) const {
     int const slot = index / heads;
     w.head = index - slot * heads;
     // The last sequence whose first slot is not beyond this one.
     int low = 0, high = p.batch;
+    if (from != nullptr) {
+      low = *from;
+      int step = 1;
+      for (; low + step <= p.batch && first_slot(p, low + step) <= slot; step *= 2) low += step;
+      high = min_of(low + step - 1, p.batch);
+    }
     while (low < high) {
       int const middle = (low + high + 1) / 2;
       if (first_slot(p, middle) <= slot)
@@ -93,6 +100,7 @@ struct TileScheduler {
       else
         high = middle - 1;
     }
+    if (from != nullptr) *from = low;
     w.sequence = low;
     Span const q = low < p.batch ? sequence_span(p.cu_seqlens_q, low, p.seqlen_q)
                                  : Span{clamp_to(p.cu_seqlens_q[low], 0, p.seqlen_q),

@@ -146,8 +146,10 @@ struct SharedMemory {
   // Jobs to be done once more, with the exact loop alone, and whether one of the last ones is among them.
   Work again[12];
   int again_count, noted[job_places];
-  // The producer's own, for which it has no registers left: its tile, and the values to be loaded next, or row −1.
+  // The producer's own, for which it has no registers left: its tile, where to look for the next one's sequence, and
+  // the values to be loaded next, or row −1.
   uint32_t tile;
+  int from;
   TilePlace values;
   Barrier q_full[Config::q_buffers], q_empty[Config::q_buffers];
   // Once for every job_places / 2 jobs, by every lane: compute-sanitizer's racecheck does not see the reads of lanes

@@ -67,6 +67,18 @@ template <class Config, class Row, int n>
 __device__ __forceinline__ void write_row(Row const& row, int half, int head_dim, float const (&o)[n], float factor) {
   int const t = threadIdx.x % 4;
   bool const odd = t & 1;
+  int const first = t % 2 * 8 + t / 2 * 4;
+  // One address, to which the stores add constants: by itself the compiler works out the array's beginning, the row and
+  // the column for each of them anew, six instructions. Not everywhere: it then arranges the other loops differently,
+  // which costs more than that saves at head dimensions 96 and 128 (measured.md).
+  constexpr bool one_address = Config::head_dim == 256;
+  auto* out = row.out;
+  int const left = row.present ? head_dim - first : 0;
+  if constexpr (one_address) {
+    out += first;
+    asm volatile("" : "+l"(out));
+    __builtin_assume(__isGlobal(out));
+  }
 #pragma unroll
   for (int g = 0; g < Config::head_dim / 16; ++g) {
     uint32_t x[2];
@@ -77,8 +89,13 @@ __device__ __forceinline__ void write_row(Row const& row, int half, int head_dim
     }
     uint32_t const got = __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[1], 1);
     (odd ? x[0] : x[1]) = got;
-    int const column = 16 * g + t % 2 * 8 + t / 2 * 4;
-    if (row.present && column < head_dim) *reinterpret_cast<uint2*>(row.out + column) = uint2{x[0], x[1]};
+    uint2 const both{x[0], x[1]};
+    if constexpr (one_address) {
+      if (16 * g < left) *reinterpret_cast<uint2*>(out + 16 * g) = both;
+    } else {
+      int const column = 16 * g + first;
+      if (row.present && column < head_dim) *reinterpret_cast<uint2*>(out + column) = both;
+    }
   }
 }
 

@@ -42,6 +42,7 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
   };
   // Values come a tile later than their keys: the last ones of a job, where pipelined, after the next job's first keys,
   // if it has any.
+  shared.from = 0;
   shared.values.row = -1;
   auto const load_values = [&] {
     TilePlace const& values = shared.values;
@@ -82,6 +83,7 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
   for (shared.tile = blockIdx.x;;) {
     bool const more = shared.tile / gridDim.x * gridDim.x < a.tiles, once_more = left > 0;
     Work work;
+    uint32_t next = shared.tile;
     if (once_more) {
       work = shared.again[--left];
     } else if (!more || *const_cast<int volatile*>(&shared.again_count) >= many) {
@@ -91,9 +93,13 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
     } else {
       uint32_t const tile = shared.tile;
       // Before this job is asked for: behind it the atomic addition would be one more wait between two jobs. (Variable
-      // lengths, one run each, on two H100s: 1.09 of FlashAttention-3's speed so, 1.05 with the addition last.)
-      shared.tile = next_tile(a, tile);
-      if (tile >= a.tiles || !a.scheduler.work(a.p, tile, work)) continue;
+      // lengths, one run each, on two H100s: 1.09 of FlashAttention-3's speed so, 1.05 with the addition last.) Its
+      // result is not waited for before the job has been posted.
+      next = next_tile(a, tile);
+      if (tile >= a.tiles || !a.scheduler.work(a.p, tile, work, &shared.from)) {
+        shared.tile = next;
+        continue;
+      }
     }
     Job job = job_of<Config>(a, work);
     job.once_more = once_more;
@@ -114,6 +120,7 @@ __device__ __forceinline__ void produce(Arguments<typename Config::Score> const&
 #pragma unroll 1
     for (int i = 0; i < Config::parts; ++i) shared.job[current.number].part[i] = part_of<Config>(a, job, i);
     post(count == 0 ? 0 : a.q_bytes);
+    shared.tile = next;
     if (count == 0) {
       load_values();
       current.advance();
