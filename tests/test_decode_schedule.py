@@ -107,50 +107,78 @@ def check_quick(lengths, capacity, blocks, sequence):
 # --- Hopper's parts ---------------------------------------------------------------------------------------------------
 
 
-def check_parts(lengths, capacity, tokens, new, window, lines, aimed, alike, most_parts):
-    parts = _core.decode_parts(lengths, capacity, tokens, new, *window, lines, aimed, alike, most_parts)
+def check_parts(lengths, capacity, tokens, new, window, lines, most_parts):
+    """Parts by a sequence's own length."""
+    parts = _core.decode_parts(lengths, capacity, tokens, new, *window, lines, 0, most_parts)
     clamped = [min(max(n, 0), capacity - new) for n in lengths]
     assert len(parts) == len(lengths)
     for length, (tiles, count) in zip(clamped, parts, strict=True):
         begin, end = seen_tiles(length, tokens, new, *window)
         assert tiles == end - begin
         assert 1 <= count <= max(tiles, 1)  # none is empty, but somebody writes the zeros of no keys
-        assert most_parts == 0 or count <= most_parts
-    if most_parts == 0:  # no more than the grid has blocks
-        assert lines * sum(count for _, count in parts) <= max(
-            len(lengths) * lines * alike, len(lengths) * lines + aimed
-        )
+        assert count <= most_parts
     return parts
+
+
+def check_teams(lengths, capacity, tokens, new, window, teams):
+    """Parts by equal shares of all sequences' tiles; what each team has of them."""
+    sequences = _core.decode_parts(lengths, capacity, tokens, new, *window, 8, teams, 0)
+    clamped = [min(max(n, 0), capacity - new) for n in lengths]
+    assert len(sequences) == len(lengths)
+    work, slots = [0] * teams, []
+    for length, (tiles, pieces) in zip(clamped, sequences, strict=True):
+        begin, end = seen_tiles(length, tokens, new, *window)
+        assert tiles == end - begin
+        taken = [tile for _, first, end, step, _ in pieces for tile in range(first, end, step)]
+        assert sorted(taken) == list(range(tiles)), "not every tile once"
+        assert [team for team, *_ in pieces] == list(range(pieces[0][0], pieces[0][0] + len(pieces)))
+        for team, first, end, step, slot in pieces:
+            work[team] += max(len(range(first, end, step)), 1)
+            assert (slot == -1) == (len(pieces) == 1)  # whole sequences are written at once
+        # As the merge finds them: a first part has the second of its team's slots, the others the first.
+        if len(pieces) > 1:
+            assert [slot for *_, slot in pieces] == [2 * team + (i == 0) for i, (team, *_) in enumerate(pieces)]
+            slots += [slot for *_, slot in pieces]
+    assert len(slots) == len(set(slots)), "two parts share a slot"
+    return work
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_parts(device, seed):
     rng = random.Random(seed)
     lengths, capacity, tokens, new, window = drawn(rng)
-    lines, aimed, alike = rng.choice((1, 3, 8)), rng.choice((1, 2, 13, 264)), rng.choice((1, 2, 4))
-    check_parts(lengths, capacity, tokens, new, window, lines, aimed, alike, rng.choice((0, 0, 8, 128)))
-    check_parts([lengths[0]] * len(lengths), capacity, tokens, new, window, lines, aimed, alike, 0)
+    lines, teams = rng.choice((1, 3, 8)), rng.choice((1, 2, 13, 33, 264))
+    check_parts(lengths, capacity, tokens, new, window, lines, rng.choice((8, 128)))
+    work = check_teams(lengths, capacity, tokens, new, window, teams)
+    assert max(work) <= max(-(-sum(work) // teams), 1) * 1.25 + 1
+    check_teams([lengths[0]] * len(lengths), capacity, tokens, new, window, teams)
 
 
 def test_parts_of_clamped_lengths(device):
-    check_parts([-5, 2**31 - 1, -(2**31), 100], 256, 1, 2, (UNLIMITED, 0), 2, 10, 1, 0)
+    lengths = [-5, 2**31 - 1, -(2**31), 100]
+    check_parts(lengths, 256, 1, 2, (UNLIMITED, 0), 2, 8)
+    check_teams(lengths, 256, 1, 2, (UNLIMITED, 0), 10)
 
 
-def test_sequences_alike_are_divided_alike(device):
-    """Sequences of about the same length into as many parts as plan() says, others by the keys of all."""
+def test_teams_take_equal_shares(device):
+    """Sequences about as long as each other are divided alike, if that leaves few teams out; others by all keys."""
     whole = (UNLIMITED, 0)
-    for alike in (1, 2, 4):
-        parts = check_parts([8192, 8000, 7500], 8192, 1, 0, whole, 8, 1056, alike, 0)
-        assert [count for _, count in parts] == [alike] * 3
-    parts = check_parts([8192, 64, 4096], 8192, 1, 0, whole, 8, 264, 1, 0)
-    assert [count for _, count in parts] == [22, 1, 11]  # 193 tiles of 8 heads: six tiles a part
+
+    def work(lengths, teams=33):
+        return check_teams(lengths, 8192, 1, 0, whole, teams)
+
+    assert work([8192] * 8) == [32] * 32 + [0]  # four teams a sequence
+    assert work([4096] * 32) == [64] * 32 + [0] and work([8192] * 64) == [256] * 32 + [0]
+    assert work([8192, 8192, 8100, 8192]) == [16] * 23 + [15] + [16] * 8 + [0]
+    assert max(work([4096] * 20)) == 39 and max(work([8192] + [128] * 7)) == 5
+    assert work([0] * 40, 33) == [2] * 20 + [0] * 13
 
 
 @pytest.mark.parametrize("length", [0, 1, 255, 257, 33000, 131072])
 def test_batch_invariant_parts_depend_on_the_length_alone(device, length):
     """On Hopper as many as sm80's kernel makes."""
     for lengths in ([length], [7, length, 131072]):
-        parts = check_parts(lengths, 131072, 1, 0, (UNLIMITED, 0), 8, 264, 1, 16)
+        parts = check_parts(lengths, 131072, 1, 0, (UNLIMITED, 0), 8, 16)
         assert parts[lengths.index(length)][1] == len(check_quick([length], 131072, 7, 0))
 
 
@@ -237,15 +265,17 @@ def test_plan_on_hopper(device, monkeypatch, gpu, head_dim, rows):
         row_tiles = -(-tokens * group // p.tile_q)
         items = batch * 2 * row_tiles
         assert p.tiles == items * 128
-        assert p.kernel == "sm90_decode" and p.blocks >= items
-        assert p.splits > 1
+        assert p.kernel == "sm90_decode" and p.splits > 1
+        slots = p.blocks // clusters(p)
         if batch == 1 and row_tiles == 1:
             assert p.blocks == items * p.splits * 8 == 64 and clusters(p) == 8
         elif batch == 1:  # as long as itself: as many parts as blocks that run at once
             assert p.blocks == items * p.splits <= 2 * GPUS[gpu] < 2 * GPUS[gpu] + items
-        else:
-            assert items < p.blocks
-        assert p.workspace == p.blocks // clusters(p) * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
+        else:  # blocks that stay, for which there are two slots each
+            places = GPUS[gpu] * (2 if p.head_dim * p.tile_q <= 128 * 16 else 1)
+            assert 0.9 * places <= p.blocks <= places and p.blocks % (2 * row_tiles) == 0
+            slots = 2 * p.blocks
+        assert p.workspace == slots * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
         stage = 2 * 64 * 128 * -(-p.head_dim // 64)
         assert p.shared_memory >= 2 * stage  # two tiles on their way
         assert decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size, backend="sm90") == p
@@ -253,7 +283,7 @@ def test_plan_on_hopper(device, monkeypatch, gpu, head_dim, rows):
         # The kernel with turned products divides them alike.
         monkeypatch.setenv("FLASHCORE_SM90_DECODE", "turned")
         turned = decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size)
-        if batch > 1 or row_tiles > 1 or p.head_dim > 128:
+        if (batch > 1 and p.tile_q > 16) or row_tiles > 1 or p.head_dim > 128:
             assert turned == p
             continue
         assert turned.kernel == "sm90_decode_turned" and turned.threads == 320
@@ -280,15 +310,16 @@ def test_plan_of_turned_products(device, monkeypatch):
             assert turned(1, heads_q=4 * heads_k, heads_k=heads_k, head_dim=head_dim, keys=8192)
         assert turned(2, head_dim=head_dim, keys=8192) and turned(2, 4, head_dim=head_dim, keys=8192)
         assert turned(2, 8, head_dim=head_dim, keys=8192) == (head_dim == 64)
-        # Several tiles of rows; parts that only the lengths say.
-        assert not turned(1, 9, head_dim=head_dim, keys=8192) and not turned(8, head_dim=head_dim, keys=8192)
+        # Several tiles of rows; blocks that stay, with more than 16.
+        assert not turned(1, 9, head_dim=head_dim, keys=8192) and not turned(8, 5, head_dim=head_dim, keys=8192)
+        assert turned(8, head_dim=head_dim, keys=8192) and turned(8, 4, head_dim=head_dim, keys=8192)
     assert not turned(1, head_dim=136) and not turned(1, head_dim=256)
     # A sequence's kernel must not depend on its neighbours, nor on the room in the cache, where that is asked for.
     assert not any(turned(batch, keys=keys, batch_invariant=True) for batch in (1, 2, 8) for keys in (64, 32768))
     monkeypatch.setenv("FLASHCORE_SM90_DECODE", "straight")
     assert not turned(1, keys=8192)
     monkeypatch.setenv("FLASHCORE_SM90_DECODE", "turned")
-    assert turned(1, 8, keys=64) and not turned(8, keys=8192) and not turned(1, keys=8192, batch_invariant=True)
+    assert turned(1, 8, keys=64) and not turned(8, 8, keys=8192) and not turned(1, keys=8192, batch_invariant=True)
     monkeypatch.setenv("FLASHCORE_SM90_DECODE", "")
     assert turned(1, keys=8192)
     monkeypatch.setenv("FLASHCORE_SM90_DECODE", "wgmma")
@@ -298,7 +329,8 @@ def test_plan_of_turned_products(device, monkeypatch):
 
 def clusters(plan) -> int:
     """Blocks that share a part."""
-    return 1 if "a block each" in plan.reason else int(re.search(r"a cluster of (\d) blocks each", plan.reason)[1])
+    found = re.search(r"a cluster of (\d) blocks each", plan.reason)
+    return int(found[1]) if found else 1
 
 
 def shares(plan) -> int:
@@ -342,7 +374,7 @@ def test_plan_keeps_memory_busy(device):
         p = decode_plan("h100", 1, tokens, head_dim=head_dim, keys=8192)
         assert p.kernel == "sm90_decode_turned" and 2 * (p.shared_memory - 18 * 1024) >= 160 << 10
     for head_dim in (64, 128):
-        p = decode_plan("h100", 8, head_dim=head_dim, keys=8192)
+        p = decode_plan("h100", 8, head_dim=head_dim, keys=8192, batch_invariant=True)
         assert p.kernel == "sm90_decode" and 2 * (p.shared_memory - 2048 - p.tile_q * p.head_dim * 2) >= 128 << 10
         p = decode_plan("h100", 8, head_dim=head_dim, keys=8192, backend="sm80")
         assert p.blocks == 2 * 132
@@ -350,10 +382,16 @@ def test_plan_keeps_memory_busy(device):
 
 
 def test_plan_of_sequences_that_may_differ(device):
-    """Four parts beyond one an item for each block that the GPU has room for, of whatever kind of tile."""
-    for tokens, head_dim, blocks in ((1, 128, 264), (8, 128, 132), (8, 64, 264), (1, 256, 132)):
+    """A team of blocks for each line of a sequence, as many as run at once, or in some rounds."""
+    for tokens, head_dim, blocks in ((1, 128, 264), (8, 128, 128), (8, 64, 264), (1, 256, 128)):
         p = decode_plan("h100", 8, tokens, head_dim=head_dim, keys=8192)
-        assert p.blocks == 8 * 8 + 4 * blocks and clusters(p) == 1 and p.workspace > 0, (tokens, head_dim)
+        assert p.blocks == blocks and clusters(p) == 1, (tokens, head_dim)
+        # Two slots a block.
+        assert p.workspace == 2 * p.blocks * min(4 * tokens, 32) * (head_dim + 1) * 4
+        assert "in teams" in p.reason and "length alone" not in p.reason
+    for heads_k, blocks in ((1, 264), (5, 260), (32, 256), (96, 768), (150, 750), (300, 300)):
+        assert decode_plan("h100", 16, heads_q=heads_k, heads_k=heads_k, keys=8192).blocks == blocks, heads_k
+    assert decode_plan("h100", 500, heads_q=300, heads_k=300, keys=8192).workspace == 0  # one team has all
 
 
 @pytest.mark.parametrize("gpu", ["a100", "h100"])

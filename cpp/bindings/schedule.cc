@@ -68,19 +68,32 @@ nb::tuple decode_schedule(const std::vector<int>& lengths, int capacity, int tok
 }
 
 nb::list decode_parts(const std::vector<int>& lengths, int capacity, int tokens, int new_tokens, int window_left,
-                      int window_right, int lines, int aimed, int alike, int most_parts) {
+                      int window_right, int lines, int teams, int most_parts) {
   KvCacheParams const p = lengths_of(lengths, capacity, tokens, new_tokens, window_left, window_right);
-  DecodeParts const parts{Divisor::of(lines), Divisor::of(aimed),     Divisor::of(alike), p.batch,
-                          most_parts,         Divisor::of(most_parts)};
+  DecodeParts const parts = DecodeParts::of(lines, p.batch, most_parts, teams);
   auto const tiles = [&](int b) { return parts.range(p, cached_keys(p, b) + p.new_tokens).count(); };
   int total = 0, longest = 0;
   for (int b = 0; b < p.batch; ++b) {
-    total += tiles(b);
+    total += max_of(tiles(b), 1);
     longest = max_of(longest, tiles(b));
   }
-  nb::list found;  // (tiles, parts of an item) of each sequence
+  DecodeParts::Line const line = parts.line(total, longest);
+  nb::list found;  // of each sequence, its tiles and its parts: (team, first, end, step, slot) each; or how many
+  int start = 0;
   for (int b = 0; b < p.batch; ++b) {
-    found.append(nb::make_tuple(tiles(b), parts.parts(tiles(b), parts.part_tiles(total, longest))));
+    int const room = line.room(tiles(b));
+    nb::list pieces;
+    for (int team = start / line.share; most_parts == 0 && team <= (start + room - 1) / line.share; ++team) {
+      auto const piece = DecodeParts::piece(line, start, tiles(b), team);
+      int const slot = piece.parts == 1 ? -1 : DecodeParts::slot(team, piece.index);
+      pieces.append(nb::make_tuple(team, piece.first, piece.end, piece.step, slot));
+    }
+    start += room;
+    if (most_parts > 0) {
+      found.append(nb::make_tuple(tiles(b), parts.parts(tiles(b))));
+    } else {
+      found.append(nb::make_tuple(tiles(b), pieces));
+    }
   }
   return found;
 }
@@ -98,9 +111,9 @@ void bind_schedule(nb::module_& m) {
       "How sm80's decode kernel divides its work: parts, and what is merged. A window side below 0 is none. For "
       "tests.");
   m.def("decode_parts", &decode_parts, "lengths"_a, "capacity"_a, "tokens"_a, "new_tokens"_a, "window_left"_a,
-        "window_right"_a, "lines"_a, "aimed"_a, "alike"_a, "most_parts"_a,
+        "window_right"_a, "lines"_a, "teams"_a, "most_parts"_a,
         nb::sig("def decode_parts(lengths: list[int], capacity: int, tokens: int, new_tokens: int, window_left: int, "
-                "window_right: int, lines: int, aimed: int, alike: int, most_parts: int) -> list"),
+                "window_right: int, lines: int, teams: int, most_parts: int) -> list"),
         "Each sequence's tiles of keys, and the parts that they fall into on Hopper. For tests.");
   m.def("divide", &divide, "x"_a, "divisor"_a, nb::sig("def divide(x: int, divisor: int) -> int"),
         "x / divisor as Hopper's decode kernel divides. For tests.");

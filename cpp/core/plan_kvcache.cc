@@ -131,12 +131,6 @@ Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
 
 // --- Hopper ----------------------------------------------------------------------------------------------------------
 
-// Parts that are aimed at, beyond one an item, for each block that a multiprocessor has room for, where lengths differ.
-// 64 sequences of 128 to 29,376 keys on an H100, two blocks: 1: 410 us, 2: 391, 4: 387, 8: 387. Blocks that find no
-// part cost little where there are two, more where there is one (8 sequences of 8,192 keys, 32 rows: 4: 95.4 us, 8:
-// 103).
-constexpr int parts_a_block = 4;
-
 // Blocks of a multiprocessor share its memory with the merge's.
 constexpr int merge_shared_memory = 4096;
 
@@ -254,10 +248,28 @@ Division division_of(const KvCacheProblem& problem, const DeviceProperties& devi
     if (batch <= 4 && alone.cluster > 1 && !fits(alone)) alone.shares = alone.cluster /= 2;
     if (work.lines <= most && fits(alone) && alone.cluster <= work.tiles_a_line) return alone;
   }
-  // All blocks that run at once have a part: 8 sequences of 8,192 keys in 4 parts 93 us, in 2 104.
+  // All blocks that run at once have a part.
   int64_t parts = blocks_at_once(device, tile, 1) / work.items;
   if (parts > 32) parts -= parts % 32;  // the merge takes 32 at a time
   return {1, static_cast<int>(std::clamp<int64_t>(parts, 1, work.tiles_a_line)), false, 1};
+}
+
+// Teams of blocks that stay, one for each line: as many as run at once or, where these leave many places empty, as run
+// in a few rounds. Their shares are as long whatever the lengths are. (H100, 8 key heads, us, in as many parts as the
+// GPU has room for, or in four times as many where lengths differ / in teams, by this kernel / by the turned one: one
+// sequence of 8,192 keys and seven of 128 32.9 / 23.5 / 21.3, 20 of 4,096 135 / 114 / 112, 12 of 8,192 147 / 136 / 134,
+// 8 91.2 / 91.5 / 89.8, 64 of 128 to 29,376 555 / 550 / 552, 32 of 1,024 53.5 / 47.5 / 47.2.)
+int teams_of(const Work& work, int64_t places) {
+  constexpr int64_t most_rounds = 4;
+  constexpr double worth = 0.05;
+  int64_t teams = 1;
+  double used = 0;
+  for (int64_t rounds = 1; rounds <= most_rounds; ++rounds) {
+    int64_t const these = std::max<int64_t>(places * rounds / work.lines, 1);
+    double const use = static_cast<double>(these * work.lines) / static_cast<double>(places * rounds);
+    if (use > used + worth) teams = these, used = use;
+  }
+  return static_cast<int>(teams);
 }
 
 Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device) {
@@ -283,34 +295,35 @@ Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device
   plan.tiles = work.items * work.tiles_a_line;
   plan.cluster = division.cluster;
   plan.shares = division.shares;
-  int64_t parts = work.items * division.parts;
+  int64_t parts = work.items * division.parts, slots = parts;
   if (division.by_own_length || s.batch == 1) {
     plan.even_parts = division.by_own_length ? 0 : division.parts;
     plan.splits = division.parts;
   } else {
-    plan.even_parts = division.parts;
-    int64_t const aimed = int64_t{parts_a_block} * blocks_a_unit * device.units;
-    parts = std::min(plan.tiles, std::max(parts, work.items + aimed));
-    plan.splits = static_cast<int>(std::min(work.tiles_a_line, parts - work.items + 1));
+    plan.even_parts = 0;
+    plan.teams = teams_of(work, blocks_at_once(device, tile, 1));
+    parts = plan.teams * work.lines;
+    plan.splits = static_cast<int>(std::min<int64_t>(work.tiles_a_line, plan.teams));
+    slots = 2 * parts;
   }
   plan.blocks = parts * division.cluster;
-  if (plan.splits > 1) plan.workspace = parts * part_rows * (s.head_dim_v + 1) * 4;
+  if (plan.splits > 1) plan.workspace = slots * part_rows * (s.head_dim_v + 1) * 4;
   return plan;
 }
 
 // The kernel with turned products runs where blocks know their parts without the lengths: one sequence, or a few that
-// clusters merge by themselves. It has as many blocks a multiprocessor, or more, and no kernel behind it to leave room
-// for; the plan is otherwise sm90_decode's, `straight`.
+// clusters merge by themselves; and, with few rows, as blocks that stay. It has as many blocks a multiprocessor, or
+// more; the plan is otherwise sm90_decode's, `straight`.
 std::optional<Plan> plan_turned(const KvCacheProblem& problem, const DeviceProperties& device, const Plan& straight) {
   Sizes const s = sizes(problem);
   int64_t const rows = Work(s, 1).rows;
-  bool const known = straight.even_parts == 0 ? straight.splits == 1 : s.batch == 1;
-  if (problem.batch_invariant || !known || rows > straight.tile_q) return std::nullopt;
+  bool const known = straight.teams == 0 && (straight.even_parts > 0 || straight.splits == 1);
+  if (problem.batch_invariant || rows > straight.tile_q) return std::nullopt;
   TurnedDecodeTile const* found = nullptr;
   for (TurnedDecodeTile const& tile : turned_tiles) {  // those with fewer rows first
     if (tile.head_dim == straight.head_dim && (!found || found->rows() < rows)) found = &tile;
   }
-  if (!found) return std::nullopt;
+  if (!found || !(known || (straight.teams > 0 && found->walks()))) return std::nullopt;
   int const cluster_rows = straight.cluster > 1 ? static_cast<int>(rows) : 0;
   int const merge = straight.workspace > 0 ? merge_shared_memory : 0;
   int const bytes = (device.shared_memory_per_unit - merge) / found->blocks_a_unit() - 1024;
@@ -459,6 +472,9 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
                      (problem.backend == Backend::automatic ? "" : " (backend forced)") + ": ";
   if (!hopper) {
     text.append(blocks + " blocks take equal shares of all sequences' keys");
+  } else if (plan.teams > 0) {
+    text.append(blocks + " blocks take about equal shares of all sequences' keys, in teams of a block for each tile");
+    text.append(" of queries of a sequence");
   } else {
     text.append("the keys of all sequences fall into at most ");
     text.append(std::to_string(plan.blocks / plan.cluster) + " parts, ");
@@ -470,7 +486,7 @@ std::string explain(const KvCacheProblem& problem, const DeviceProperties& devic
   text += ", in tiles of " + std::to_string(plan.tile_k) + " keys, " + std::to_string(stages) +
           " of them on their way; a tile of queries has up to " + std::to_string(plan.tile_q) + " rows, of " +
           std::to_string(plan.packed_heads) + " query heads of a key head.";
-  if (problem.batch_invariant || (hopper && plan.even_parts == 0))
+  if (problem.batch_invariant || (hopper && plan.even_parts == 0 && plan.teams == 0))
     text += " A sequence's length alone decides how its keys are divided.";
   if (plan.workspace > 0) text += " Parts of a sequence are merged in the order of their keys.";
   if (!plan.plain_score) {

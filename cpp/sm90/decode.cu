@@ -47,17 +47,21 @@ bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
   return false;
 }
 
-// The parts of an item.
+// The parts of an item, by its own length or by the teams' shares.
 struct FindParts {
   DecodeParts parts;
 
   struct List {
-    int first, count, lines;
-    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i * lines; }
+    int first, count, lines, of_first;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return i == 0 ? of_first : first + i * lines; }
   };
   __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
     FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
-    return {found.before + line, found.parts, parts.lines.divisor};
+    int const lines = parts.lines.divisor;
+    if (parts.most_parts > 0) return {found.before + line, found.parts, lines, found.before + line};
+    int const team = found.before / found.line.share;
+    int const count = DecodeParts::piece(found.line, found.before, found.range.count(), team).parts;
+    return {DecodeParts::slot(team, 1) * lines + line, count, 2 * lines, DecodeParts::slot(team, 0) * lines + line};
   }
 };
 
@@ -92,13 +96,11 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   int const cluster_rows = plan.shares > 1 ? p.part_rows * (plan.shares / plan.cluster) : 0;
   p.stages = is_turned(plan) ? TurnedDecodeTile{plan.head_dim, plan.tile_q}.stages_of(plan.shared_memory)
                              : tile.stages_of(plan.shared_memory, cluster_rows);
-  int const lines = p.heads_k * p.row_tiles, most = plan.even_parts == 0 ? plan.splits : 0;
-  int const aimed = static_cast<int>(plan.blocks) / plan.cluster - p.batch * lines;  // parts beyond one an item
-  p.parts = {Divisor::of(lines), Divisor::of(max_of(aimed, 1)), Divisor::of(plan.even_parts), p.batch, most,
-             Divisor::of(most)};
+  int const most = plan.even_parts == 0 && plan.teams == 0 ? plan.splits : 0;
+  p.parts = DecodeParts::of(p.heads_k * p.row_tiles, p.batch, most, plan.teams);
   // Where lengths change nothing, parts need no search: a single sequence is as long as itself, and one part is all of
   // it.
-  p.even = most > 0 ? most == 1 : p.batch == 1 ? plan.even_parts : 0;
+  p.even = most > 0 ? most == 1 : plan.even_parts;
   auto const s = static_cast<cudaStream_t>(stream);
   bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");

@@ -126,18 +126,20 @@ __device__ __forceinline__ void send(bool acts, uint32_t to, float4 x, uint32_t 
 
 // --- the block's part ------------------------------------------------------------------------------------------------
 
-// The item that a block works on, and which of its tiles: first, first + step, ... before end.
+// The item that a block works on, and which of its tiles: first, first + step, ... before end. A block has one part
+// after the other, of the sequences of its team's share or, where several shares of an item are merged, of its item.
 struct DecodePart {
   int sequence, head;  // of the keys
   int first_row, valid_rows;
-  int cached, keys;          // of the sequence in the cache, and with the new ones
-  int first, end, step;      // of its first share; the next one begins a cluster's blocks of tiles later
+  int cached, keys;  // of the sequence in the cache, and with the new ones
+  int first, end, step;
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
+  int share;                 // of the item's, which the block computes one after the other
   bool ahead;                // the first tile was asked for before the lengths were known
+  bool last;                 // of the block
 
-  // Of tiles from `tile` on.
-  __device__ __forceinline__ int count(int tile) const { return tile < end ? parts_of(end - tile, step) : 0; }
+  __device__ __forceinline__ int count() const { return first < end ? parts_of(end - first, step) : 0; }
 };
 static_assert(sizeof(DecodePart) <= 64);
 
@@ -200,10 +202,14 @@ struct DecodeMemory {
   __device__ __forceinline__ DecodeBarrier* full_values() const { return full_keys() + most_stages; }
   __device__ __forceinline__ DecodeBarrier* empty() const { return full_keys() + 2 * most_stages; }
   __device__ __forceinline__ DecodeBarrier* received_all() const { return full_keys() + 3 * most_stages; }
-  __device__ __forceinline__ DecodePart& part() const { return *reinterpret_cast<DecodePart*>(received_all() + 2); }
+  // The block's `number`-th part. The producer is ahead of the consumers by no more than a part for each stage.
+  __device__ __forceinline__ DecodePart& part(int number) const {
+    return *reinterpret_cast<DecodePart*>(reinterpret_cast<char*>(received_all() + 2) +
+                                          number % HopperDecodeTile::kept_parts * 64);
+  }
   // Where there are pages, a bit for each box of a stage whose page does not exist.
   __device__ __forceinline__ uint32_t* absent() const {
-    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64);
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part(0)) + HopperDecodeTile::kept_parts * 64);
   }
 
   __device__ __forceinline__ char* keys(int stage) const {
@@ -229,6 +235,14 @@ struct StagePlace {
     }
   }
 };
+
+// Between parts the producer leaves out as many stages as all warps' outputs need, side by side: those from the present
+// one on, or from the first one if these are too few.
+template <class Config>
+__device__ __forceinline__ int gap_stages(StagePlace const& place, int stages) {
+  if constexpr (Config::slices == 1) return 1;
+  return place.stage + Config::slices <= stages ? Config::slices : stages - place.stage + Config::slices;
+}
 
 __device__ __forceinline__ uint32_t shared_address(void const* x) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(x));

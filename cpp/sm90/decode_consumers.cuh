@@ -46,14 +46,21 @@ __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
     tiles_known = p.window_left >= unlimited;
   } else {
     if (blockIdx.x >= Config::tile.units * Config::blocks_a_unit) return;
-    FoundSequence const found = find_sequence<true>(p, a.parts, number, -1, thread % 32);
+    bool const walks = a.parts.most_parts == 0;
+    int const team = a.parts.lines.quotient(number);
+    FoundSequence const found = find_sequence<true>(p, a.parts, walks ? team : number, -1, thread % 32);
     if (found.sequence < 0) return;
-    int const in_sequence = number - found.before;
-    index = a.parts.lines.quotient(in_sequence);
+    int const in_sequence = walks ? number - team * a.parts.lines.divisor : number - found.before;
+    index = walks ? 0 : a.parts.lines.quotient(in_sequence);
     part = part_of_line<Config>(a, found.sequence, in_sequence - index * a.parts.lines.divisor);
     begin = found.range.begin;
     end = found.cached;
     parts = found.parts;
+    if (walks) {
+      DecodeParts::Piece const piece = DecodeParts::piece(found.line, found.before, found.range.count(), team);
+      begin += piece.first;
+      parts = piece.step;
+    }
   }
   auto const line = [](auto const& rows, int64_t at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<Element const*>(rows.data) + at));
@@ -85,22 +92,32 @@ __device__ __forceinline__ void prefetch(DecodeArguments const& a) {
   }
 }
 
-// What a consumer warp goes through its shares with.
-struct ConsumerPlace {
-  uint32_t from_q;              // its lanes' place in the queries
-  int in_tile, lane_k, lane_v;  // in a tile: the warp's keys, and its lanes' places of keys and of values
-  StagePlace stage;
-};
-
-// Waits for the part and for its queries.
+// Asks for a part's queries to be brought to shared memory.
 template <class Config>
-__device__ __forceinline__ void start_consumer(DecodeArguments const& a, DecodeMemory<Config> const& shared,
-                                               Work<Config>& work, ConsumerPlace& at, int warp, int lane) {
+__device__ __forceinline__ void ask_for_queries(DecodeArguments const& a, DecodeMemory<Config> const& shared,
+                                                DecodePart const& part) {
   using Element = typename Config::Element;
   using Queries = sm80::SharedTile<Config::head_dim>;
   constexpr int rows = Config::rows, chunks = Config::head_dim / 8, consumers = Config::consumers;
   sm80::DecodeParams const& p = a.p;
-  DecodePart const& part = shared.part();
+  uint32_t const shared_q = shared_address(shared.queries());
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * chunks; i += consumers) {
+    int const row = i / chunks, chunk = i % chunks;
+    Element const* const source =
+        static_cast<Element const*>(p.q.data) + row_offset(p.q, part.sequence, row_place(a, part, row)) + chunk * 8;
+    sm80::copy_async(shared_q + Queries::offset(row, chunk), source, row < part.valid_rows && chunk * 8 < p.head_dim);
+  }
+  sm80::copy_commit();
+}
+
+// Waits for the part and for its queries.
+template <class Config>
+__device__ __forceinline__ void start_consumer(DecodeArguments const& a, DecodeMemory<Config> const& shared) {
+  using Element = typename Config::Element;
+  constexpr int consumers = Config::consumers;
+  sm80::DecodeParams const& p = a.p;
+  DecodePart const& part = shared.part(0);
 
   // The queries are asked for before the keys, too, where the lengths do not say whose.
   bool const known = a.even.divisor > 0;
@@ -116,48 +133,35 @@ __device__ __forceinline__ void start_consumer(DecodeArguments const& a, DecodeM
       return;
     }
   }
-  uint32_t const shared_q = shared_address(shared.queries());
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows * chunks; i += consumers) {
-    int const row = i / chunks, chunk = i % chunks;
-    Element const* const source = static_cast<Element const*>(p.q.data) +
-                                  row_offset(p.q, place_of_q.sequence, row_place(a, place_of_q, row)) + chunk * 8;
-    sm80::copy_async(shared_q + Queries::offset(row, chunk), source,
-                     row < place_of_q.valid_rows && chunk * 8 < p.head_dim);
-  }
-  sm80::copy_commit();
+  ask_for_queries<Config>(a, shared, place_of_q);
   if (known) wait_for_part<Config>();
   if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
   sm80::copy_wait_all();
   consumers_sync(consumers);  // the queries are here
-
-  // This lane's rows of the operands, as in the forward kernel.
-  int const slice = warp / Config::key_warps, key_warp = warp % Config::key_warps;
-  at.from_q = shared_q + Queries::offset(slice * 16 + lane % 16, lane / 16);
-  int const tile_key = key_warp * Config::warp_keys;  // of a tile, this warp's first
-  BoxTile const box{128 << a.log_box};
-  at.in_tile = (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
-  at.lane_k = at.in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  at.lane_v = at.in_tile + box.offset(lane % 16, lane / 16);
-  work.start(at.from_q);
 }
 
-// A share's tiles, of which `first_tile` is the first.
+// A part's tiles.
 template <class Config>
 __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<Config> const& shared,
-                                        Work<Config>& work, ConsumerPlace& at, int first_tile, int warp, int lane) {
+                                        DecodePart const& part, Work<Config>& work, StagePlace& place, int warp,
+                                        int lane) {
   constexpr int consumers = Config::consumers;
   sm80::DecodeParams const& p = a.p;
-  DecodePart const& part = shared.part();
   int const slice = warp / Config::key_warps, tile_key = warp % Config::key_warps * Config::warp_keys;
+  // This lane's rows of the operands, as in the forward kernel: in the queries, and in a tile, where the warp's keys,
+  // and its own places of keys and of values are.
+  using Queries = sm80::SharedTile<Config::head_dim>;
+  uint32_t const from_q = shared_address(shared.queries()) + Queries::offset(slice * 16 + lane % 16, lane / 16);
   BoxTile const box{128 << a.log_box};
-  uint32_t const from_q = at.from_q;
-  int const in_tile = at.in_tile, lane_k = at.lane_k, lane_v = at.lane_v;
-  StagePlace place = at.stage;
-  int const count = part.count(first_tile);
+  int const in_tile =
+      (tile_key >> a.log_box) * Config::panels * box.panel_bytes + (tile_key & ((1 << a.log_box) - 1)) * 128;
+  int const lane_k = in_tile + box.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  int const lane_v = in_tile + box.offset(lane % 16, lane / 16);
+  work.start(from_q);
+  int const count = part.count();
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    int const tile = first_tile + i * part.step, first = tile * Config::tile_k + tile_key;
+    int const tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
     char* const stage_keys = shared.keys(place.stage);
     shared.full_keys()[place.stage].wait(place.phase);
     bool const here = p.page_table == nullptr || (shared.absent()[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
@@ -197,15 +201,13 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
     if (lane == 0) shared.empty()[place.stage].arrive();
     place.advance(shared.stages);
   }
-  if (count <= 0 && part.ahead &&
-      first_tile == part.first) {  // a tile was asked for in vain: nothing is to come behind
+  if (count <= 0 && part.ahead) {  // a tile was asked for in vain: nothing is to come behind
     shared.full_keys()[0].wait(0);
     shared.full_values()[0].wait(0);
     __syncwarp();
     if (lane == 0) shared.empty()[0].arrive();
     place.advance(shared.stages);
   }
-  at.stage = place;
 }
 
 }  // namespace flashcore::sm90

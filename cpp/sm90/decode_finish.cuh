@@ -36,9 +36,8 @@ __device__ __forceinline__ void write_lse(DecodeArguments const& a, DecodePart c
 // This block's columns of the item's rows, when all shares have been sent: a thread has four columns of a row, and
 // takes the shares' in their order, however many blocks computed them.
 template <class Config>
-__device__ __forceinline__ void merge_shares(DecodeArguments const& a, DecodeMemory<Config> const& shared, int rank,
-                                             bool acts) {
-  DecodePart const& part = shared.part();
+__device__ __forceinline__ void merge_shares(DecodeArguments const& a, DecodeMemory<Config> const& shared,
+                                             DecodePart const& part, int rank, bool acts) {
   constexpr int most = HopperDecodeTile::most_cluster;
   int const shares = 1 << a.log_shares, columns = Config::head_dim >> a.log_cluster, rows = part.valid_rows;
   float const* const all_lse = shared.received_lse((rows * columns) << a.log_shares);
@@ -80,22 +79,22 @@ __device__ __forceinline__ void merge_shares(DecodeArguments const& a, DecodeMem
 
 constexpr int merge_piece = 8;  // columns
 
-// The end of a share, and of the part behind the last one. The producer's warp goes the same way before the consumers
-// get there and does nothing on it
-// (`acts` is false): it fetches the instructions, which would take longer than to execute them.
+// The end of the block's `part_number`-th part, and of the item's part behind its last share. The producer's warp goes
+// the same way before the consumers get to the last one and does nothing on it (`acts` is false): it fetches the
+// instructions, which would take longer than to execute them.
 //
 // In a cluster each block sends its result to the others: of the columns equal parts, and to all the log-sum-exp.
 template <class Config>
-__device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, Work<Config>& work,
-                                       ConsumerPlace& place, int share, int warp, int lane, bool acts) {
+__device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, int part_number,
+                                       Work<Config>& work, StagePlace& place, int warp, int lane, bool acts) {
   constexpr int head_dim = Config::head_dim, rows = Config::rows;
   constexpr int consumers = Config::consumers;
-  DecodePart const& part = shared.part();
+  DecodePart const& part = shared.part(part_number);
   float const factor = a.p.score.factor;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
   int const blocks = 1 << a.log_cluster, columns = head_dim >> a.log_cluster, rank = blockIdx.x & (blocks - 1);
-  bool const last = share == shares_of<Config>(a) - 1;
-  int const number = share << a.log_cluster | rank;  // among the part's shares
+  bool const last = !acts || part.last;
+  int const number = part.share << a.log_cluster | rank;  // among the part's shares
   uint32_t const received_all = shared_address(shared.received_all());
 
   // The warps' results become one: each scales its own by its weight over the sum of all.
@@ -107,12 +106,20 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     int const at = key_warp * rows + first_row + half * 8 + lane / 4;
     if (acts && lane % 4 == 0) shared.maxima()[at] = state.max, shared.sums()[at] = sum;
   }
-  if (a.log_cluster > 0 && (share == 0 || !acts)) cluster_wait_acquire();  // all blocks run, and may be sent to
-  // The warps' outputs lie where no tile is: behind the last one anywhere, else in the stage that the producer left
+  if (a.log_cluster > 0 && (part.share == 0 || !acts)) cluster_wait_acquire();  // all blocks run, and may be sent to
+  // The warps' outputs lie where no tile is: behind the last one anywhere, else in the stages that the producer left
   // out.
-  int const stage = last ? 0 : place.stage.stage;
+  StagePlace gap = place;
+  int stage = 0;
+  if (!last) {
+#pragma unroll 1
+    for (int left = gap_stages<Config>(gap, shared.stages); left > 0; --left) {
+      if (left == Config::slices) stage = gap.stage;
+      shared.full_keys()[gap.stage].wait(gap.phase);
+      gap.advance(shared.stages);
+    }
+  }
   float* const outputs = reinterpret_cast<float*>(shared.keys(stage));
-  if (!last) shared.full_keys()[stage].wait(place.stage.phase);
   if (acts) consumers_sync(consumers);  // the states are there, and nobody reads the stages any more
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -155,6 +162,9 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     }
   }
   if (acts) consumers_sync(consumers);  // the outputs are there
+  DecodePart const& next = shared.part(part_number + 1);
+  bool const moves = !last && next.sequence != part.sequence;
+  if (moves) ask_for_queries<Config>(a, shared, next);
   constexpr int row_pieces = head_dim / 4;
 #pragma unroll 1
   for (int i = threadIdx.x % consumers; i < part.valid_rows * row_pieces; i += consumers) {
@@ -179,14 +189,19 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
       write<Config>(a, part, row, column, sum, acts);
     }
   }
-  if (!last) {  // the stage is the producer's again
+  if (!last) {  // the stages are the producer's again
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (lane == 0) shared.empty()[stage].arrive();
-    place.stage.advance(shared.stages);
-    work.clear();
+    while (place.stage != gap.stage || place.phase != gap.phase) {
+      if (lane == 0) shared.empty()[place.stage].arrive();
+      place.advance(shared.stages);
+    }
+    if (moves) {
+      sm80::copy_wait_all();
+      consumers_sync(consumers);  // the queries are here
+    }
   } else if (a.log_shares > 0) {
-    merge_shares<Config>(a, shared, rank, acts);
+    merge_shares<Config>(a, shared, part, rank, acts);
   }
 }
 

@@ -39,23 +39,23 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   if (a.prefetched > 0 && warp < Config::warps) prefetch<Config>(a);
 
   Work<Config> work;
-  ConsumerPlace place{};
+  StagePlace place;
   bool const consumes = warp != Config::warps;
   if (!consumes) {
     work.clear();
     produce<Config>(a, shared, lane);
   } else {
-    start_consumer<Config>(a, shared, work, place, warp, lane);
+    start_consumer<Config>(a, shared);
   }
-  if (shared.part().sequence < 0) {
+  if (shared.part(0).sequence < 0) {
     if (a.log_cluster > 0) cluster_wait_acquire();
     return;
   }
-  int const shares = shares_of<Config>(a), first = shared.part().first;
 #pragma unroll 1
-  for (int share = consumes ? 0 : shares - 1; share < shares; ++share) {
-    if (consumes) consume<Config>(a, shared, work, place, first + (share << a.log_cluster), warp, lane);
-    finish<Config>(a, shared, work, place, share, warp, lane, consumes);
+  for (int number = 0;; ++number) {
+    if (consumes) consume<Config>(a, shared, shared.part(number), work, place, warp, lane);
+    finish<Config>(a, shared, number, work, place, warp, lane, consumes);
+    if (!consumes || shared.part(number).last) break;
   }
 }
 

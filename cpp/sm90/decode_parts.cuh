@@ -14,25 +14,26 @@ struct DecodeParams : sm80::DecodeParams {
   int even;  // parts of each item, where the lengths do not matter; else 0
 };
 
-// A sequence among the parts of all.
+// A sequence among the parts of all, or among the tiles of all.
 struct FoundSequence {
   int sequence;  // -1: there is no such part
-  int before;    // parts of the sequences before
+  int before;    // parts, or tiles of the line, of the sequences before
   int cached;    // keys in the cache
   KeyRange range;
-  int parts;  // of each of its items
+  int parts;  // of each of its items, where its own length decides
+  DecodeParts::Line line;
+  int total;  // tiles of the line
 };
 
-// All lanes of a warp together find the sequence with part `part`, or sequence `sequence` where that is not -1. Each
-// lane has consecutive sequences: it counts their tiles, then their parts, and the one that has what is looked for
-// walks to it. `early`: the kernel before may still write the lengths. Then they are not kept in the L1 cache, and what
-// is found is a guess.
+// All lanes of a warp together find the sequence with part `part`, or with the first tile of team `part`, or sequence
+// `sequence` where that is not -1. Each lane has consecutive sequences: it counts their parts, or their tiles, and the
+// one that has what is looked for walks to it. `early`: the kernel before may still write the lengths. Then they are
+// not kept in the L1 cache, and what is found is a guess.
 template <bool early = false>
 __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, DecodeParts const& parts, int part,
                                                        int sequence, int lane) {
   int const sequences = (p.batch + 31) / 32, first = lane * sequences, end = min_of(first + sequences, p.batch);
-  FoundSequence found{first, 0, 0, {0, 0, 0, 0}, 1};
-  int part_tiles = 1;
+  FoundSequence found{first, 0, 0, {0, 0, 0, 0}, 1, {1, 0}, 0};
   auto const look = [&](int b) {
     found.sequence = b;
     if (early && p.cache_seqlens != nullptr) {
@@ -44,29 +45,23 @@ __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, D
     }
     found.range = parts.range(p, found.cached + p.new_tokens);
   };
+  bool const by_own_length = parts.most_parts > 0;
   auto const of_sequence = [&] {
-    found.parts = parts.parts(found.range.count(), part_tiles);
+    if (!by_own_length) return found.line.room(found.range.count());
+    found.parts = parts.parts(found.range.count());
     return found.parts * parts.lines.divisor;
   };
-  int tiles = 0, longest = 0;
+  int own = 0, longest = 0;
 #pragma unroll 1
   for (int b = first; b < end; ++b) {
     look(b);
-    tiles += found.range.count();
+    own += of_sequence();
     longest = max_of(longest, found.range.count());
   }
-  if (parts.most_parts == 0) {
-    part_tiles = parts.part_tiles(__reduce_add_sync(0xffffffffu, tiles), __reduce_max_sync(0xffffffffu, longest));
-  }
-  int own = 0;
-  if (sequences == 1) {
-    own = first < end ? of_sequence() : 0;
-  } else {
-#pragma unroll 1
-    for (int b = first; b < end; ++b) {
-      look(b);
-      own += of_sequence();
-    }
+  if (!by_own_length) {
+    found.line = parts.line(__reduce_add_sync(0xffffffffu, own), __reduce_max_sync(0xffffffffu, longest));
+    if (found.line.each > 0) own = max_of(end - first, 0) * found.line.each;
+    part *= found.line.share;
   }
   int to = own;
 #pragma unroll
@@ -75,6 +70,7 @@ __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, D
     if (lane >= step) to += other;
   }
   found.before = to - own;
+  found.total = __shfl_sync(0xffffffffu, to, 31);
   bool const mine = sequence >= 0 ? sequence >= first && sequence < end : part >= found.before && part < to;
   if (mine && sequences > 1) {
 #pragma unroll 1
@@ -86,7 +82,10 @@ __device__ __forceinline__ FoundSequence find_sequence(KvCacheParams const& p, D
     }
   }
   int const owner = __ffs(__ballot_sync(0xffffffffu, mine)) - 1;
-  if (owner < 0) return {-1, 0, 0, {0, 0, 0, 0}, 1};
+  if (owner < 0) {
+    found.sequence = -1;
+    return found;
+  }
   // From the owner to all.
   auto const share = [owner](int& x) { x = __shfl_sync(0xffffffffu, x, owner); };
   share(found.sequence), share(found.before), share(found.cached);

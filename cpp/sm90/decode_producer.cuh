@@ -64,10 +64,30 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
 
   DecodePart part;
   KeyRange range;
-  bool ahead = false;
+  part.ahead = false;
   // The blocks of all of an item's parts take its tiles in turn: what is read at the same time lies side by side.
   int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
   int parts, way;
+  // A team's walk along its share of the line.
+  int const team = a.parts.lines.quotient(number), line = number - team * a.parts.lines.divisor;
+  DecodeParts::Line shares_of_line{1, 0};
+  int line_at = 0, line_end = 0;
+  auto const take_piece = [&] {
+    int const tiles = range.count();
+    DecodeParts::Piece const piece = DecodeParts::piece(shares_of_line, line_at, tiles, team);
+    part.first = range.begin + piece.first;
+    part.end = range.begin + piece.end;
+    part.step = piece.step;
+    part.slot = piece.parts == 1 ? -1 : DecodeParts::slot(team, piece.index) * a.parts.lines.divisor + line;
+    line_at += shares_of_line.room(tiles);
+    part.last = line_at >= line_end;
+  };
+  auto const tell_keys = [&] {
+    part.keys = part.cached + p.new_tokens;
+    part.full_begin = range.full_begin;
+    part.full_end = range.full_end;
+  };
+  int const shares = shares_of<Config>(a);
   // Where the lengths do not matter, the warp goes through here twice, the first time for the instructions, while the
   // kernel ahead still runs.
 #pragma unroll 1
@@ -77,6 +97,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       wait_for_prerequisites();
       if (!a.late) launch_dependents();
     }
+    bool walks = false;
     if (a.even.divisor > 0) {
       int index;
       part = even_part<Config>(a, index);
@@ -88,38 +109,50 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
         asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
       // The block knows its first tile without the length, unless a window says where it is: asked for ahead, it comes
       // while the length does.
-      ahead = p.window_left >= unlimited && way * Config::tile_k < p.seqlen_k;
+      part.ahead = p.window_left >= unlimited && way * Config::tile_k < p.seqlen_k;
       part.first = way;
       part.step = parts << a.log_shares;
       int block = part.sequence, row = way * Config::tile_k;
-      if (p.page_table != nullptr && ahead) {
+      if (p.page_table != nullptr && part.ahead) {
         if (acts) next_pages = pages_from(part, 0, p.seqlen_k);
         block = existing(next_pages);
         row = (row + (lane < boxes ? lane : 0) * box_rows) & (p.page_size - 1);
       }
-      if (ahead) load(row, part.head, block, acts);
+      if (part.ahead) load(row, part.head, block, acts);
       part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
       range = a.parts.range(p, part.cached + p.new_tokens);
     } else {
-      FoundSequence const found = find_sequence(p, a.parts, number, -1, lane);
-      int const in_sequence = number - found.before;
-      int const index = a.parts.lines.quotient(in_sequence), line = in_sequence - index * a.parts.lines.divisor;
-      part = part_of_line<Config>(a, found.sequence, line);
+      walks = a.parts.most_parts == 0;
+      FoundSequence const found = find_sequence(p, a.parts, walks ? team : number, -1, lane);
+      int index = 0, item_line = line;
+      if (!walks) {
+        int const in_sequence = number - found.before;
+        index = a.parts.lines.quotient(in_sequence);
+        item_line = in_sequence - index * a.parts.lines.divisor;
+      }
+      part = part_of_line<Config>(a, found.sequence, item_line);
+      part.ahead = false;
       part.cached = found.cached;
       range = found.range;
       parts = found.parts;
       way = index << a.log_shares | rank;
+      shares_of_line = found.line;
+      line_at = found.before;
+      line_end = min_of((team + 1) * found.line.share, found.total);
     }
-    part.step = parts << a.log_shares;
-    part.first = range.begin + way;
-    part.end = range.end;
-    part.slot = parts == 1 ? -1 : number;
-    part.ahead = ahead;
-    part.keys = part.cached + p.new_tokens;
-    part.full_begin = range.full_begin;
-    part.full_end = range.full_end;
+    part.share = 0;
+    tell_keys();
+    if (walks) {
+      take_piece();
+    } else {
+      part.step = parts << a.log_shares;
+      part.first = range.begin + way;
+      part.end = range.end;
+      part.slot = parts == 1 ? -1 : number;
+      part.last = shares == 1;
+    }
     if (acts && lane == 0) {
-      shared.part() = part;
+      shared.part(0) = part;
       if (a.log_cluster > 0 && part.sequence >= 0) {  // what the cluster's blocks will send
         int const columns = Config::head_dim >> a.log_cluster;
         shared.received_all()->arrive_and_expect_tx((4 * part.valid_rows * (columns + 1)) << a.log_shares);
@@ -131,11 +164,11 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   if (part.sequence < 0) return;
 
 #pragma unroll 1
-  for (int shares = shares_of<Config>(a);;) {
+  for (int of_block = 1;; ++of_block) {
     // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
     int pages = -1;
-    if (p.page_table != nullptr && !ahead) next_pages = pages_from(part, 0, part.keys);
-    int const count = part.count(part.first);
+    if (p.page_table != nullptr && !part.ahead) next_pages = pages_from(part, 0, part.keys);
+    int const count = part.count();
 #pragma unroll 1
     for (int i = 0, box = 0; i < count; ++i, box += boxes) {
       int block = part.sequence, row = (part.first + i * part.step) * Config::tile_k;
@@ -147,19 +180,32 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
         block = __shfl_sync(0xffffffffu, pages, (box + lane) % 32);
         row = (row + (lane < boxes ? lane : 0) * box_rows) & (p.page_size - 1);
       }
-      if (i > 0 || !ahead) load(row, part.head, block, true);
+      if (i > 0 || !part.ahead) load(row, part.head, block, true);
     }
-    if (--shares == 0) break;
-    // A stage without keys, where the consumers bring the share's result together while the others fill.
-    if (lane == 0) {
-      shared.empty()[place.stage].wait(place.phase ^ 1);
-      shared.full_keys()[place.stage].arrive();
-      shared.full_values()[place.stage].arrive();
+    if (part.last) break;
+    part.ahead = false;
+    if (shares > 1) {
+      part.first += 1 << a.log_cluster;
+      part.last = ++part.share == shares - 1;
+    } else {
+      part.cached = cached_keys(p, ++part.sequence);
+      range = a.parts.range(p, part.cached + p.new_tokens);
+      tell_keys();
+      take_piece();
     }
-    __syncwarp();
-    place.advance(shared.stages);
-    part.first += 1 << a.log_cluster;
-    ahead = false;
+    // Stages without keys, where the consumers bring the part's result together while the others fill; with them comes
+    // what the next part is.
+#pragma unroll 1
+    for (int gap = gap_stages<Config>(place, shared.stages); gap > 0; --gap) {
+      if (lane == 0) {
+        shared.empty()[place.stage].wait(place.phase ^ 1);
+        if (gap == 1) shared.part(of_block) = part;
+        shared.full_keys()[place.stage].arrive();
+        shared.full_values()[place.stage].arrive();
+      }
+      __syncwarp();
+      place.advance(shared.stages);
+    }
   }
   if (a.late) launch_dependents();
 }

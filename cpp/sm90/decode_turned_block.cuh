@@ -22,6 +22,7 @@ struct TurnedArguments {
   int column_boxes;                // that bring a key's columns
   int log_cluster;                 // of the blocks that share a part and merge it
   int prefetched;                  // tiles of a block that come to the L2 cache while the kernel ahead still runs
+  bool walks;                      // blocks have one part after the other, which the lengths say
 };
 
 // The item that a block works on, and which of its tiles: first, first + step, ...
@@ -32,7 +33,8 @@ struct alignas(16) TurnedPart {
   int first, count, step;
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
-  int ahead;                 // groups whose first tile was asked for before the length was known
+  int16_t ahead;             // groups whose first tile was asked for before the length was known
+  int16_t last;              // whether it is the block's last
 };
 static_assert(sizeof(TurnedPart) <= 64);
 
@@ -86,6 +88,7 @@ struct TurnedMemory {
   static constexpr int groups = Config::groups, most_stages = TurnedDecodeTile::most_stages;
   char* base;
   int stages;
+  int place_of_references = 0;
 
   __device__ __forceinline__ char* queries() const { return base; }
   // Of a tile's keys, (rows, 64), of each group
@@ -102,14 +105,23 @@ struct TurnedMemory {
   // A group's products with its weights have ended.
   __device__ __forceinline__ DecodeBarrier& weights_read(int group) const { return full(2 * groups)[group]; }
   __device__ __forceinline__ DecodeBarrier* received_all() const { return full(2 * groups) + groups; }
-  __device__ __forceinline__ TurnedPart& part() const { return *reinterpret_cast<TurnedPart*>(received_all() + 2); }
+  // The block's `number`-th part, as a group is told. Its producer is ahead of it by no more than a part for each slot.
+  __device__ __forceinline__ TurnedPart& part(int group, int number) const {
+    TurnedPart* const parts = reinterpret_cast<TurnedPart*>(received_all() + 2) + group * tile.kept_parts();
+    return Config::tile.walks() ? parts[number % tile.kept_parts()]
+                                : reinterpret_cast<TurnedPart*>(received_all() + 2)[0];
+  }
+  // The slot that a group's output lies in, (groups).
+  __device__ __forceinline__ int* output_slots() const {
+    return reinterpret_cast<int*>(reinterpret_cast<TurnedPart*>(received_all() + 2) + groups * tile.kept_parts());
+  }
   // Where there are pages, a bit for each box of a slot's keys whose page does not exist.
   __device__ __forceinline__ uint32_t* absent(int group) const {
-    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part()) + 64) + group * most_stages;
+    return reinterpret_cast<uint32_t*>(output_slots() + 4) + group * most_stages;
   }
-  // A weight of a group's is 2 ^ (score * factor - reference of the row).
+  // A weight of a group's is 2 ^ (score * factor - reference of the row). Parts have one of two places in turn.
   __device__ __forceinline__ float* references(int group) const {
-    return reinterpret_cast<float*>(absent(groups)) + group * Config::rows;
+    return reinterpret_cast<float*>(absent(groups)) + (place_of_references * groups + group) * Config::rows;
   }
 
   __device__ __forceinline__ int slots() const { return 2 * stages / groups; }
@@ -117,7 +129,9 @@ struct TurnedMemory {
     return base + tile.head_bytes() + (group * slots() + i) * Config::kv_bytes;
   }
   // A group's output, (rows, merge_stride), when all its warps have read its slots
-  __device__ __forceinline__ float* outputs(int group) const { return reinterpret_cast<float*>(slot(group, 0)); }
+  __device__ __forceinline__ float* outputs(int group, int i = 0) const {
+    return reinterpret_cast<float*>(slot(group, i));
+  }
   // In a cluster, from all its blocks: (blocks, rows, columns of this block), (blocks, rows). In the slots' place, too:
   // a block sends when all have read theirs.
   __device__ __forceinline__ float* received() const {

@@ -13,8 +13,25 @@ template <class Config>
 __device__ __forceinline__ void prefetch(TurnedArguments const& a) {
   using Element = typename Config::Element;
   sm80::DecodeParams const& p = a.p;
-  TurnedPart const part = turned_part<Config>(a);
+  TurnedPart part = turned_part<Config>(a);
   int const thread = threadIdx.x;
+  int end = p.seqlen_k;
+  if constexpr (Config::tile.walks()) {
+    if (a.walks) {
+      if (blockIdx.x >= TurnedDecodeTile::units * Config::blocks_a_unit) return;
+      int const team = a.parts.lines.quotient(blockIdx.x), line = blockIdx.x - team * a.parts.lines.divisor;
+      FoundSequence const found = find_sequence<true>(p, a.parts, team, -1, thread % 32);
+      if (found.sequence < 0) return;
+      DecodeParts::Piece const piece = DecodeParts::piece(found.line, found.before, found.range.count(), team);
+      part.sequence = found.sequence;
+      part.head = a.row_tiles.quotient(line);
+      part.first_row = (line - part.head * a.row_tiles.divisor) * Config::rows;
+      part.valid_rows = min_of(Config::rows, p.rows - part.first_row);
+      part.first = found.range.begin + piece.first;
+      part.step = piece.step;
+      end = found.cached;
+    }
+  }
   auto const line = [](auto const& rows, int64_t at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<Element const*>(rows.data) + at));
   };
@@ -25,12 +42,13 @@ __device__ __forceinline__ void prefetch(TurnedArguments const& a) {
     for (int column = 0; column < p.head_dim; column += 64) line(p.q, at + column);
   }
   static_assert(Config::consumers >= 2 * Config::tile_k);
-  if (p.window_left < unlimited || thread >= 2 * Config::tile_k) return;  // where a window begins is not known
+  bool const tiles_known = p.window_left >= unlimited || (Config::tile.walks() && a.walks);
+  if (!tiles_known || thread >= 2 * Config::tile_k) return;  // where a window begins is not known
   Rows<void const*> const& rows = thread < Config::tile_k ? p.k : p.v;
 #pragma unroll 1
   for (int i = 0; i < a.prefetched; ++i) {
     int const key = (part.first + i * part.step) * Config::tile_k + thread % Config::tile_k;
-    if (key >= p.seqlen_k) break;
+    if (key >= end) break;
     int block = part.sequence, row = key;
     if (p.page_table != nullptr) {
       int const* const entry = p.page_table + part.sequence * p.page_table_stride + (key >> a.log_page);
@@ -43,16 +61,13 @@ __device__ __forceinline__ void prefetch(TurnedArguments const& a) {
   }
 }
 
-// The queries of the block's part, to shared memory; and the new tokens into the cache. Waits for the kernel ahead and
-// until the part is known. The caller waits for the other consumers.
+// Asks for the queries of a part to be brought to shared memory.
 template <class Config>
-__device__ __forceinline__ void bring_queries(TurnedArguments const& a, TurnedMemory<Config> const& shared) {
+__device__ __forceinline__ void ask_for_queries(TurnedArguments const& a, TurnedMemory<Config> const& shared,
+                                                TurnedPart const& part) {
   using Element = typename Config::Element;
   constexpr int chunks = Config::head_dim / 8, consumers = Config::consumers;
   sm80::DecodeParams const& p = a.p;
-  TurnedPart const part = turned_part<Config>(a);
-  wait_for_prerequisites();
-  // They are asked for before the keys, too.
   uint32_t const shared_q = shared_address(shared.queries());
 #pragma unroll 1
   for (int i = threadIdx.x; i < Config::rows * chunks; i += consumers) {
@@ -63,9 +78,24 @@ __device__ __forceinline__ void bring_queries(TurnedArguments const& a, TurnedMe
                      row < part.valid_rows && chunk * 8 < p.head_dim);
   }
   sm80::copy_commit();
+}
+
+// The queries of the block's first part, to shared memory; and the new tokens into the cache. Waits for the kernel
+// ahead and until the part is known. The caller waits for the other consumers. False: there is no part.
+template <class Config>
+__device__ __forceinline__ bool bring_queries(TurnedArguments const& a, TurnedMemory<Config> const& shared) {
+  sm80::DecodeParams const& p = a.p;
+  bool const walks = Config::tile.walks() && a.walks;
+  TurnedPart const part = turned_part<Config>(a);
+  wait_for_prerequisites();
+  // They are asked for before the keys, too, where the lengths do not say whose.
+  if (!walks) ask_for_queries<Config>(a, shared, part);
   wait_for_part<Config>();
-  if (p.new_tokens > 0) sm80::append<Element, uint32_t>(p, consumers);
+  bool const exists = !walks || shared.part(0, 0).sequence >= 0;
+  if (walks && exists) ask_for_queries<Config>(a, shared, shared.part(0, 0));
+  if (p.new_tokens > 0) sm80::append<typename Config::Element, uint32_t>(p, Config::consumers);
   sm80::copy_wait_all();
+  return exists;
 }
 
 // Puts rows that TMA has not brought in place of what it has: of the warp's 16 keys, from row `tile_row` of the tile
@@ -177,25 +207,26 @@ __device__ __forceinline__ void raise_references(TurnedMemory<Config> const& sha
   group_sync<Config>(group);
 }
 
+// What a consumer warp goes through its parts with: its place in the ring, and its group's tiles before.
+struct TurnedPlace {
+  StagePlace stage;
+  int turns = 0;
+};
+
+// A part's tiles.
 template <class Config>
-__device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<Config> const& shared,
-                                        TurnedWork<Config>& work, int warp, int lane) {
+__device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<Config> const& shared, int number,
+                                        TurnedWork<Config>& work, TurnedPlace& at, int warp, int lane) {
   using Element = typename Config::Element;
   constexpr int rows = Config::rows;
   sm80::DecodeParams const& p = a.p;
-  TurnedPart const& part = shared.part();
-
-  bring_queries<Config>(a, shared);
-  if (threadIdx.x < Config::groups * rows) shared.references(0)[threadIdx.x] = 0.0f;
-  cutlass::arch::fence_view_async_shared();
-  consumers_sync(Config::consumers);  // the queries are here, for the products, too
-
   // The groups take the tiles in turn. Of a tile, this warp's first key:
   int const group = warp / Config::key_warps, tile_key = warp % Config::key_warps * Config::warp_keys;
   float const factor = p.score.factor;
   bool const exact = Config::one_sum && p.lse != nullptr;  // see one_sum
-  StagePlace place;
-  int const count = part.count;
+  TurnedPart const& part = shared.part(group, number);
+  StagePlace place = at.stage;
+  int const count = part.count, turns_before = at.turns;
   auto const release = [&] {
     __syncwarp();  // all lanes are done with it
     if (lane == 0) shared.empty(group)[place.stage].arrive();
@@ -239,7 +270,7 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
     }
     cute::warpgroup_commit_batch();
     hold(s);
-    if (i >= Config::groups) shared.weights_read(group).wait(~turn & 1);
+    if (i >= Config::groups) shared.weights_read(group).wait(~(turns_before + turn) & 1);
     end_products();
     hold(s);
     release();
@@ -361,12 +392,14 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
   }
   // All warps of the group are done with its last weights.
   if (int const turns = (count + Config::groups - 1 - group) / Config::groups; count > group) {
-    shared.weights_read(group).wait(~turns & 1);
+    shared.weights_read(group).wait(~(turns_before + turns) & 1);
+    at.turns = turns_before + turns;
   }
   if (count <= group && part.ahead > group) {  // a tile was asked for in vain: it is to arrive before its place is used
     shared.full(group)[0].wait(0);
     shared.full(group)[1].wait(0);
   }
+  at.stage = place;
 }
 
 }  // namespace flashcore::sm90

@@ -45,9 +45,8 @@ __device__ __forceinline__ void write_lse(TurnedArguments const& a, TurnedPart c
 // Four columns of the block's result for a row: into the cluster, each block of which merges an equal share of the
 // columns, or to where a part's result goes.
 template <class Config>
-__device__ __forceinline__ void hand_over(TurnedArguments const& a, TurnedMemory<Config> const& shared, int row,
-                                          int column, float4 x, bool acts) {
-  TurnedPart const& part = shared.part();
+__device__ __forceinline__ void hand_over(TurnedArguments const& a, TurnedMemory<Config> const& shared,
+                                          TurnedPart const& part, int row, int column, float4 x, bool acts) {
   if (a.log_cluster > 0) {
     constexpr int head_dim = Config::head_dim;
     int const columns = head_dim >> a.log_cluster, rank = blockIdx.x & ((1 << a.log_cluster) - 1);
@@ -62,7 +61,7 @@ __device__ __forceinline__ void hand_over(TurnedArguments const& a, TurnedMemory
 template <class Config>
 __device__ __forceinline__ void send_lse(TurnedArguments const& a, TurnedMemory<Config> const& shared, int row,
                                          float lse, int block, bool acts) {
-  int const rows = shared.part().valid_rows, rank = blockIdx.x & ((1 << a.log_cluster) - 1);
+  int const rows = shared.part(0, 0).valid_rows, rank = blockIdx.x & ((1 << a.log_cluster) - 1);
   uint32_t const to = shared_address(shared.received_lse(rows) + rank * rows + row);
   send(acts, in_block(to, block), lse, in_block(shared_address(shared.received_all()), block));
 }
@@ -77,7 +76,7 @@ __device__ __forceinline__ void merge_cluster(TurnedArguments const& a, TurnedMe
                            : most_items <= 4 * Config::consumers ? 2
                                                                  : 3;
   constexpr int mine = 1 << log_mine;
-  int const blocks = 1 << a.log_cluster, rank = blockIdx.x & (blocks - 1), rows = shared.part().valid_rows;
+  int const blocks = 1 << a.log_cluster, rank = blockIdx.x & (blocks - 1), rows = shared.part(0, 0).valid_rows;
   int const log_lanes = max_of(a.log_cluster - log_mine, 0), lanes = 1 << log_lanes;
   int const columns = Config::head_dim >> a.log_cluster, items = rows * columns / 4 << log_lanes;
 #pragma unroll 1
@@ -88,8 +87,8 @@ __device__ __forceinline__ void merge_cluster(TurnedArguments const& a, TurnedMe
         static_cast<int>((static_cast<unsigned>(i) << (2 + a.log_cluster - log_lanes)) / unsigned{Config::head_dim});
     int const column = (i >> log_lanes) * 4 - row * columns;
     bool const exists = acts && i < items;
-    auto const to = result_place<Config>(a, shared.part(), row, rank * columns + column);
-    float* const to_lse = lse_place(a, shared.part(), row);
+    auto const to = result_place<Config>(a, shared.part(0, 0), row, rank * columns + column);
+    float* const to_lse = lse_place(a, shared.part(0, 0), row);
     if (acts && round == 0) shared.received_all()->wait(0);
 
     float lse[mine], top = minus_infinity();
@@ -130,23 +129,30 @@ __device__ __forceinline__ void merge_cluster(TurnedArguments const& a, TurnedMe
     float const inverse = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
     sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
     bool const writes = exists && block == 0;
-    write<Config>(a, shared.part(), to, sum, writes && rank * columns + column < a.p.head_dim);
+    write<Config>(a, shared.part(0, 0), to, sum, writes && rank * columns + column < a.p.head_dim);
     if (to_lse != nullptr) store(writes && rank == 0 && column == 0, to_lse, merged_lse(top, total));
   }
 }
 
 // The end of a part: the groups' results become the block's.
 template <class Config>
-__device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Config> const& shared,
-                                       TurnedWork<Config>& work, int warp, int lane, bool acts) {
+__device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Config>& shared, int number,
+                                       TurnedWork<Config>& work, TurnedPlace& place, int warp, int lane, bool acts) {
   constexpr int key_warps = Config::key_warps, groups = Config::groups, merge_stride = Config::tile.merge_stride();
-  TurnedPart const& part = shared.part();
+  TurnedPart const& part = shared.part(warp / key_warps % groups, number);
+  bool const last = !Config::tile.walks() || !acts || part.last;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
 
   // Outputs, and sums of the warps' keys, as they are: each group's warps have read its slots and its weights.
   int const group = warp / key_warps % groups, key_warp = warp % key_warps;
   uint32_t const sums = shared_address(shared.states(group) + key_warp);
-  uint32_t const outputs = shared_address(shared.outputs(group) + key_warp * 16 + lane / 4);
+  // Behind the last part anywhere, else in the slot that the producer left out, with which the next part is known.
+  if constexpr (Config::tile.walks()) {
+    if (!last) shared.full(group)[place.stage.stage].wait(place.stage.phase);
+    if (acts && key_warp == 0 && lane == 0) shared.output_slots()[group] = last ? 0 : place.stage.stage;
+  }
+  uint32_t const outputs =
+      shared_address(shared.outputs(group, last ? 0 : place.stage.stage) + key_warp * 16 + lane / 4);
 #pragma unroll
   for (int r = 0; r < TurnedWork<Config>::rows_held; ++r) {
     if (r / 2 * 8 >= part.valid_rows) continue;
@@ -166,6 +172,14 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
     }
   }
   if (acts) consumers_sync(Config::consumers);
+  if constexpr (Config::tile.walks()) {
+    if (!last) {
+      ask_for_queries<Config>(a, shared, shared.part(group, number + 1));  // nobody reads this part's any more
+      if (threadIdx.x < groups * Config::rows) {
+        shared.references(0)[threadIdx.x + (1 - 2 * shared.place_of_references) * groups * Config::rows] = 0.0f;
+      }
+    }
+  }
   if (acts && a.log_cluster > 0) cluster_wait_acquire();  // all blocks have read their slots, and may be sent to
 
   // A thread has four columns of a row, of both groups.
@@ -182,7 +196,8 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
       float4 const of_warps = read(reinterpret_cast<float4 const*>(shared.states(g) + row * key_warps));
       float4 const exact_of_warps =
           read(reinterpret_cast<float4 const*>(shared.states(g) + (Config::rows + row) * key_warps));
-      x[g] = read(reinterpret_cast<float4 const*>(shared.outputs(g) + row * merge_stride + piece * 4));
+      float const* const of_group = shared.outputs(g, Config::tile.walks() && acts ? shared.output_slots()[g] : 0);
+      x[g] = read(reinterpret_cast<float4 const*>(of_group + row * merge_stride + piece * 4));
       sum[g] = (of_warps.x + of_warps.y) + (of_warps.z + of_warps.w);
       exact[g] = (exact_of_warps.x + exact_of_warps.y) + (exact_of_warps.z + exact_of_warps.w);
       reference[g] = sum[g] == 0.0f ? TurnedWork<Config>::no_reference : read(shared.references(g) + row);
@@ -201,12 +216,22 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
       float const weight = reference[g] * inverse;
       all.x += weight * x[g].x, all.y += weight * x[g].y, all.z += weight * x[g].z, all.w += weight * x[g].w;
     }
-    hand_over<Config>(a, shared, row, piece * 4, all, acts);
+    hand_over<Config>(a, shared, part, row, piece * 4, all, acts);
     float const lse = total == 0.0f ? minus_infinity() : (top + log2_of(exact_total)) * ln_2;
     if (a.log_cluster > 0) {
       if (piece < 1 << a.log_cluster) send_lse<Config>(a, shared, row, lse, piece, acts);
     } else if (piece == 0) {
       write_lse(a, part, row, lse, acts);
+    }
+  }
+  if constexpr (Config::tile.walks()) {
+    if (!last) {
+      sm80::copy_wait_all();
+      cutlass::arch::fence_view_async_shared();  // the products read the queries, and TMA writes to the slots again
+      consumers_sync(Config::consumers);
+      if (lane == 0) shared.empty(group)[place.stage.stage].arrive();
+      place.stage.advance(shared.slots());
+      shared.place_of_references ^= 1;
     }
   }
   if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);

@@ -6,6 +6,52 @@
 
 namespace flashcore::sm90 {
 
+// A team's way along its share of the line of all sequences' tiles (attention/decode_parts.h), as a block of it goes.
+struct TeamWalk {
+  DecodeParts::Line line;
+  int team, item_line, at, end;
+
+  // The first part; its sequence is -1 if there is none.
+  template <class Config>
+  __device__ __forceinline__ TurnedPart start(TurnedArguments const& a, int lane) {
+    team = a.parts.lines.quotient(blockIdx.x);
+    item_line = blockIdx.x - team * a.parts.lines.divisor;
+    FoundSequence const found = find_sequence(a.p, a.parts, team, -1, lane);
+    line = found.line;
+    at = found.before;
+    end = min_of((team + 1) * line.share, found.total);
+    TurnedPart part{};
+    part.sequence = found.sequence;
+    part.head = a.row_tiles.quotient(item_line);
+    part.first_row = (item_line - part.head * a.row_tiles.divisor) * Config::rows;
+    part.valid_rows = min_of(Config::rows, a.p.rows - part.first_row);
+    part.cached = found.cached;
+    take(a, part, found.range);
+    return part;
+  }
+
+  // The part behind `part`.
+  template <class Config>
+  __device__ __forceinline__ void go_on(TurnedArguments const& a, TurnedPart& part) {
+    part.cached = cached_keys(a.p, ++part.sequence);
+    take(a, part, a.parts.range(a.p, part.cached + a.p.new_tokens));
+  }
+
+ private:
+  __device__ __forceinline__ void take(TurnedArguments const& a, TurnedPart& part, KeyRange const& range) {
+    DecodeParts::Piece const piece = DecodeParts::piece(line, at, range.count(), team);
+    part.keys = part.cached + a.p.new_tokens;
+    part.full_begin = range.full_begin;
+    part.full_end = range.full_end;
+    part.first = range.begin + piece.first;
+    part.count = piece.first < piece.end ? parts_of(piece.end - piece.first, piece.step) : 0;
+    part.step = piece.step;
+    part.slot = piece.parts == 1 ? -1 : DecodeParts::slot(team, piece.index) * a.parts.lines.divisor + item_line;
+    at += line.room(range.count());
+    part.last = at >= end;
+  }
+};
+
 // One warp, the `group`-th of the block's producers, which take its tiles in turn: finds out what the block's part is,
 // leaves it to the consumers, and asks for its tiles as its ring's places empty.
 template <class Config>
@@ -37,17 +83,19 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
   // The blocks of all of an item's parts take its tiles in turn: what is read at the same time lies side by side.
   TurnedPart part = turned_part<Config>(a);
   int const way = part.first, first_tile = way + group * part.step;
+  bool const walks = Config::tile.walks() && a.walks;
+  TeamWalk walk;
   // The producers know their first tiles without the length, unless a window says where they are.
 #pragma unroll
   for (int g = 0; g < groups; ++g) {
     bool const exists = (way + g * part.step) * Config::tile_k < p.seqlen_k;
-    part.ahead += p.window_left >= unlimited && exists;
+    part.ahead += p.window_left >= unlimited && exists && !walks;
   }
   bool const ahead = group < part.ahead;
   if (ahead && !paged) ring.expect_first();
   // Then the warp goes through here twice, the first time for the instructions, while the kernel ahead still runs.
 #pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
+  for (int pass = walks ? 1 : 0; pass < 2; ++pass) {
     bool const acts = pass == 1;
     if (acts) {
       wait_for_prerequisites();
@@ -55,7 +103,9 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
     }
     // The length is asked for first: behind the keys it would wait for them. The first tile comes while it does.
     int length = p.seqlen_k;
-    if (acts && p.cache_seqlens != nullptr)
+    if (walks) {
+      if constexpr (Config::tile.walks()) part = walk.template start<Config>(a, lane);
+    } else if (acts && p.cache_seqlens != nullptr)
       asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
     if (ahead && paged) {
       part.first = way;
@@ -65,15 +115,19 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
     } else if (ahead) {
       ring.load_first(first_tile * Config::tile_k, part.head, part.sequence, acts);
     }
-    part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
-    part.keys = part.cached + p.new_tokens;
-    KeyRange const range = a.parts.range(p, part.keys);
-    part.first = range.begin + way;
-    part.count = a.even.quotient((max_of(range.count() - way, 0) + part.step - 1) >> a.log_cluster);
-    part.full_begin = range.full_begin;
-    part.full_end = range.full_end;
+    if (!walks) {
+      part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
+      part.keys = part.cached + p.new_tokens;
+      KeyRange const range = a.parts.range(p, part.keys);
+      part.first = range.begin + way;
+      part.count = a.even.quotient((max_of(range.count() - way, 0) + part.step - 1) >> a.log_cluster);
+      part.full_begin = range.full_begin;
+      part.full_end = range.full_end;
+      part.last = 1;
+    }
     if (acts && lane == 0 && group == 0) {
-      shared.part() = part;
+#pragma unroll
+      for (int g = 0; g < (Config::tile.walks() ? groups : 1); ++g) shared.part(g, 0) = part;
       if (a.log_cluster > 0) {  // what the cluster's blocks will send
         shared.received_all()->arrive_and_expect_tx(4 * part.valid_rows * (Config::head_dim + (1 << a.log_cluster)));
       }
@@ -88,26 +142,43 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
   auto const let_next = [&] {
     if (a.prefetched > 0 && group == groups - 1) launch_dependents();
   };
-  // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
-  int pages = -1;
-  if (paged && !ahead) next_pages = pages_from(part, 0, part.keys);
 #pragma unroll 1
-  for (int i = group, box = 0; i < part.count; i += groups, box += boxes) {
-    int block = part.sequence, row = (part.first + i * part.step) * Config::tile_k;
-    if (paged) {
-      if (box % 32 == 0) {
-        pages = existing(next_pages);
-        next_pages = pages_from(part, box + 32, part.keys);
+  for (int of_block = 1; part.sequence >= 0; ++of_block) {
+    // The pages of 32 boxes at a time, one a lane, and those of the next 32 meanwhile.
+    int pages = -1;
+    bool const has_first = of_block == 1 && ahead;
+    if (paged && !has_first) next_pages = pages_from(part, 0, part.keys);
+#pragma unroll 1
+    for (int i = group, box = 0; i < part.count; i += groups, box += boxes) {
+      int block = part.sequence, row = (part.first + i * part.step) * Config::tile_k;
+      if (paged) {
+        if (box % 32 == 0) {
+          pages = existing(next_pages);
+          next_pages = pages_from(part, box + 32, part.keys);
+        }
+        block = __shfl_sync(0xffffffffu, pages, (box + ring.box()) % 32);
+        row = row_in_page(row);
       }
-      block = __shfl_sync(0xffffffffu, pages, (box + ring.box()) % 32);
-      row = row_in_page(row);
+      // The next call's blocks may come when the last tile is about to be asked for: 32,768 keys 44.4 us in every
+      // round. When it has been, 45 to 55, by where the blocks find room, it seems; when the last two are about to be,
+      // 45.2.
+      if (i + groups >= part.count && part.last) let_next();
+      if (i > group || !has_first) ring.load(row, part.head, block, true);
     }
-    // The next call's blocks may come when the last tile is about to be asked for: 32,768 keys 44.4 us in every round.
-    // When it has been, 45 to 55, by where the blocks find room, it seems; when the last two are about to be, 45.2.
-    if (i + groups >= part.count) let_next();
-    if (i > group || !ahead) ring.load(row, part.head, block, true);
+    if (part.last) break;
+    if constexpr (Config::tile.walks()) {
+      walk.template go_on<Config>(a, part);
+      // A slot without keys, where the group's output lies meanwhile; with it comes what the next part is.
+      if (lane == 0) {
+        shared.empty(group)[ring.place.stage].wait(ring.place.phase ^ 1);
+        shared.part(group, of_block) = part;
+        shared.full(group)[ring.place.stage].arrive();
+      }
+      __syncwarp();
+      ring.place.advance(shared.slots());
+    }
   }
-  if (part.count <= group) let_next();
+  if (part.sequence < 0 || part.count <= group) let_next();
   if (group > 0) wait_as_producer<Config>();
 }
 

@@ -15,6 +15,7 @@ struct TurnedDecodeTile {
   static constexpr int warp_keys = 16;   // of a tile of 64 keys
   static constexpr int most_stages = 8;  // tiles of keys on their way
   static constexpr int most_cluster = 8;
+  static constexpr int units = 132;  // multiprocessors of the devices that numbers here are for
 
   FLASHCORE_HD constexpr int rows() const { return tile_rows; }
   FLASHCORE_HD constexpr int warps() const { return groups * key_warps; }
@@ -27,9 +28,15 @@ struct TurnedDecodeTile {
   FLASHCORE_HD constexpr int q_bytes() const { return panels() * rows() * 128; }
   // A group's weights of a tile's keys. Where these are not in use, its warps' maxima or sums.
   FLASHCORE_HD constexpr int weights_bytes() const { return rows() * 128; }
-  // Barriers, which boxes are absent, the block's part.
-  static constexpr int control_bytes = groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + 64;
-  FLASHCORE_HD constexpr int reference_bytes() const { return groups * rows() * 4; }
+  // Whether a block may have one part after the other; then each group keeps what its producer is ahead by.
+  FLASHCORE_HD constexpr bool walks() const { return rows() <= 16; }
+  FLASHCORE_HD constexpr int kept_parts() const { return walks() ? most_stages + 1 : 1; }
+  // Barriers, which boxes are absent, the block's parts, and where the groups' outputs lie.
+  FLASHCORE_HD constexpr int control_bytes() const {
+    return groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + groups * kept_parts() * 64 + 16;
+  }
+  // Of this part and of the next one.
+  FLASHCORE_HD constexpr int reference_bytes() const { return (walks() ? 2 : 1) * groups * rows() * 4; }
   // A group's output in float32, in its slots' place when these have been read. Rows are 4 floats longer than they
   // need, so that the lanes of a warp, which hold pairs of rows, write to different banks.
   FLASHCORE_HD constexpr int merge_stride() const { return panels() * 64 + 4; }
@@ -42,7 +49,7 @@ struct TurnedDecodeTile {
 
   // What comes before the stages. What a cluster's blocks send lies behind the last group's output.
   FLASHCORE_HD constexpr int head_bytes() const {
-    return (q_bytes() + groups * weights_bytes() + control_bytes + reference_bytes() + 1023) / 1024 * 1024;
+    return (q_bytes() + groups * weights_bytes() + control_bytes() + reference_bytes() + 1023) / 1024 * 1024;
   }
   FLASHCORE_HD constexpr int shared_memory(int stages, int cluster_rows) const {
     int const last_group = stages * stage_bytes() / groups * (groups - 1);

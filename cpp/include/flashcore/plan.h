@@ -50,8 +50,10 @@ struct Plan {
   int cluster = 1;          // sm90_decode*: blocks that share a part and merge it in shared memory
   int shares = 1;           // sm90_decode: of a part, each computed by itself: `cluster`, or more, which its blocks
                             // compute in turn
-  int even_parts = 1;       // sm90_decode*: parts of each sequence's keys where all are about as long; 0: a sequence's
-                            // own length says, up to `splits`
+  int even_parts = 1;  // sm90_decode*: parts of the keys of a sequence, whatever its length; 0: that says how many,
+                       // up to `splits`, or `teams` share them
+  int teams = 0;       // sm90_decode*: of blocks that stay, one for each tile of a sequence's rows, and take about
+                       // equal shares of all sequences' keys; 0: there are none
   int heads_per_section = 1;  // (batch, head) pairs whose tiles are scheduled together, longest tile first
   int section_slots = 0;      // sm90: tiles and empty places of such a section, which make whole rounds of the blocks
   int shared_memory = 0;      // bytes a block
