@@ -180,6 +180,10 @@ DECODED = ((1, 4, 2), (3, 16, 2), (5, 22, 2), (1, 16, 8), (8, 32, 8))
 TURNED = ((1, 4, 2), (1, 16, 8), (4, 16, 4), (4, 32, 8), (3, 16, 2), (8, 32, 8))
 
 
+# Of 1, 16, 8: so many short sequences that a block has several, one after the other.
+MANY = [37 * i % 300 for i in range(70)]
+
+
 def decode(machines) -> set[str]:
     """Sequences of all kinds of lengths and single ones, whole and divided among blocks, contiguous and in pages, with
     new tokens, on each machine's kernel."""
@@ -189,7 +193,7 @@ def decode(machines) -> set[str]:
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS + PADDED:
             for tokens, *heads in DECODED if head_dim in HEAD_DIMS else DECODED[:1]:
-                for lengths in ([700, 0, 64, 2999, 1], [1700]):
+                for lengths in ([700, 0, 64, 2999, 1], [1700], *([MANY] if heads == [16, 8] else [])):
                     case += 1
                     for backend in machines:
                         ran.add(decode_once(dtype, head_dim, tokens, tuple(heads), lengths, case, backend))
@@ -197,14 +201,15 @@ def decode(machines) -> set[str]:
 
 
 def turned() -> set[str]:
-    """The same for sm90's kernel with turned products, which takes a single sequence, or a few."""
+    """The same for sm90's kernel with turned products, which takes a single sequence, or a few, or few rows of many."""
     os.environ["FLASHCORE_SM90_DECODE"] = "turned"
     ran = set()
     case = 0
     for dtype in DTYPES:
         for head_dim in (d for d in HEAD_DIMS + PADDED if d <= 128):
             for tokens, *heads in TURNED if head_dim in (64, 128) else TURNED[:2]:
-                for lengths in ([1700], [30]) if heads[1] < 8 else ([1700], [700, 64]):
+                walked = [MANY] if heads == [16, 8] else []
+                for lengths in ([1700], [30]) if heads[1] < 8 else ([1700], [700, 64], *walked):
                     case += 1
                     ran.add(decode_once(dtype, head_dim, tokens, tuple(heads), lengths, case, "sm90"))
     return ran
