@@ -432,6 +432,20 @@ def test_plan_without_parts(device):
     assert decode_plan("h100", 1, 0, keys=128).blocks == 0
 
 
+@pytest.mark.parametrize("heads_k", [1, 2, 8, 40])
+@pytest.mark.parametrize("batch", [5, 7, 33, 64, 300])
+def test_teams_without_workspace_merge_nothing(device, batch, heads_k):
+    rng = random.Random(batch)
+    for keys in (1, 40, 64, 65, 128):
+        plan = decode_plan("h100", batch, heads_q=heads_k, heads_k=heads_k, keys=keys)
+        if plan.workspace > 0 or plan.cluster > 1:
+            continue
+        for lengths in ([keys] * batch, [0] * batch, [rng.randrange(keys + 1) for _ in range(batch)]):
+            teams = plan.blocks // heads_k
+            for _, pieces in _core.decode_parts(lengths, keys, 1, 0, UNLIMITED, 0, heads_k, teams, 0):
+                assert [slot for *_, slot in pieces] == [-1], (keys, lengths, teams)
+
+
 @pytest.mark.parametrize("gpu", ["a100", "h100"])
 def test_plan_batch_invariant(device, gpu):
     """The most parts of a sequence do not depend on the batch, nor on what the cache could hold beyond them."""

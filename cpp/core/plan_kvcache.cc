@@ -301,7 +301,9 @@ Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device
     plan.splits = division.parts;
   } else {
     plan.even_parts = 0;
-    plan.teams = teams_of(work, blocks_at_once(device, tile, 1));
+    // No more than there are tiles: then each sequence of one tile is a team's alone, and nothing is merged.
+    int64_t const most = s.batch * work.tiles_a_line;
+    plan.teams = static_cast<int>(std::min<int64_t>(teams_of(work, blocks_at_once(device, tile, 1)), most));
     parts = plan.teams * work.lines;
     plan.splits = static_cast<int>(std::min<int64_t>(work.tiles_a_line, plan.teams));
     slots = 2 * parts;

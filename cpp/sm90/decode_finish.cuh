@@ -84,8 +84,10 @@ constexpr int merge_piece = 8;  // columns
 // instructions, which would take longer than to execute them.
 //
 // In a cluster each block sends its result to the others: of the columns equal parts, and to all the log-sum-exp.
+//
+// Whether it was the last part: once the stages are the producer's again, what tells of the part may be another one's.
 template <class Config>
-__device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, int part_number,
+__device__ __forceinline__ bool finish(DecodeArguments const& a, DecodeMemory<Config> const& shared, int part_number,
                                        Work<Config>& work, StagePlace& place, int warp, int lane, bool acts) {
   constexpr int head_dim = Config::head_dim, rows = Config::rows;
   constexpr int consumers = Config::consumers;
@@ -116,6 +118,7 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
     for (int left = gap_stages<Config>(gap, shared.stages); left > 0; --left) {
       if (left == Config::slices) stage = gap.stage;
       shared.full_keys()[gap.stage].wait(gap.phase);
+      shared.full_values()[gap.stage].wait(gap.phase);
       gap.advance(shared.stages);
     }
   }
@@ -203,6 +206,7 @@ __device__ __forceinline__ void finish(DecodeArguments const& a, DecodeMemory<Co
   } else if (a.log_shares > 0) {
     merge_shares<Config>(a, shared, part, rank, acts);
   }
+  return last;
 }
 
 }  // namespace flashcore::sm90

@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
 #pragma unroll 1
   for (int number = 0;; ++number) {
     if (consumes) consume<Config>(a, shared, shared.part(number), work, place, warp, lane);
-    finish<Config>(a, shared, number, work, place, warp, lane, consumes);
-    if (!consumes || shared.part(number).last) break;
+    if (finish<Config>(a, shared, number, work, place, warp, lane, consumes)) break;
   }
 }
 

@@ -134,9 +134,10 @@ __device__ __forceinline__ void merge_cluster(TurnedArguments const& a, TurnedMe
   }
 }
 
-// The end of a part: the groups' results become the block's.
+// The end of a part: the groups' results become the block's. Whether it was the last one: once the slots are the
+// producers' again, what tells of the part may be another one's.
 template <class Config>
-__device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Config>& shared, int number,
+__device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Config>& shared, int number,
                                        TurnedWork<Config>& work, TurnedPlace& place, int warp, int lane, bool acts) {
   constexpr int key_warps = Config::key_warps, groups = Config::groups, merge_stride = Config::tile.merge_stride();
   TurnedPart const& part = shared.part(warp / key_warps % groups, number);
@@ -235,6 +236,7 @@ __device__ __forceinline__ void finish(TurnedArguments const& a, TurnedMemory<Co
     }
   }
   if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
+  return last;
 }
 
 }  // namespace flashcore::sm90

@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     if (consumes) consume<Config>(a, shared, number, work, place, warp, lane);
     // The cluster's blocks have read their slots when all their warps have come here.
     if (a.log_cluster > 0) cluster_arrive_relaxed();
-    finish<Config>(a, shared, number, work, place, warp, lane, consumes);
-    if (!Config::tile.walks() || !consumes || shared.part(warp / Config::key_warps, number).last) break;
+    if (finish<Config>(a, shared, number, work, place, warp, lane, consumes)) break;
   }
   if (a.log_cluster > 0 && warp >= Config::warps) cluster_wait_acquire();
 }
