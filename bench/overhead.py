@@ -152,7 +152,7 @@ def chains(shape: tuple[int, ...], rounds: int) -> dict[str, float]:
             function(q, k, v)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph):
             function(q, k, v)
         return graph.replay
 

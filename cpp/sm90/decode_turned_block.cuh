@@ -38,6 +38,14 @@ struct alignas(16) TurnedPart {
 };
 static_assert(sizeof(TurnedPart) <= 64);
 
+// The key head and the rows of queries of a sequence's `line`-th item.
+template <class Config>
+__device__ __forceinline__ void set_rows(TurnedArguments const& a, int line, TurnedPart& part) {
+  part.head = a.row_tiles.quotient(line);
+  part.first_row = (line - part.head * a.row_tiles.divisor) * Config::rows;
+  part.valid_rows = min_of(Config::rows, a.p.rows - part.first_row);
+}
+
 // What the lengths do not say: of a part, the item, its first tile unless a window leaves some out, and the step.
 template <class Config>
 __device__ __forceinline__ TurnedPart turned_part(TurnedArguments const& a) {
@@ -46,9 +54,7 @@ __device__ __forceinline__ TurnedPart turned_part(TurnedArguments const& a) {
   TurnedPart part{};
   part.sequence = a.parts.lines.quotient(item);
   int const line = item - part.sequence * a.parts.lines.divisor;
-  part.head = a.row_tiles.quotient(line);
-  part.first_row = (line - part.head * a.row_tiles.divisor) * Config::rows;
-  part.valid_rows = min_of(Config::rows, a.p.rows - part.first_row);
+  set_rows<Config>(a, line, part);
   part.first = index << a.log_cluster | rank;
   part.step = a.even.divisor << a.log_cluster;
   part.slot = a.even.divisor == 1 ? -1 : number;

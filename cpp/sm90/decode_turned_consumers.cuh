@@ -18,15 +18,13 @@ __device__ __forceinline__ void prefetch(TurnedArguments const& a) {
   int end = p.seqlen_k;
   if constexpr (Config::tile.walks()) {
     if (a.walks) {
-      if (blockIdx.x >= TurnedDecodeTile::units * Config::blocks_a_unit) return;
+      if (blockIdx.x >= HopperDecodeTile::units * Config::blocks_a_unit) return;
       int const team = a.parts.lines.quotient(blockIdx.x), line = blockIdx.x - team * a.parts.lines.divisor;
       FoundSequence const found = find_sequence<true>(p, a.parts, team, -1, thread % 32);
       if (found.sequence < 0) return;
       DecodeParts::Piece const piece = DecodeParts::piece(found.line, found.before, found.range.count(), team);
       part.sequence = found.sequence;
-      part.head = a.row_tiles.quotient(line);
-      part.first_row = (line - part.head * a.row_tiles.divisor) * Config::rows;
-      part.valid_rows = min_of(Config::rows, p.rows - part.first_row);
+      set_rows<Config>(a, line, part);
       part.first = found.range.begin + piece.first;
       part.step = piece.step;
       end = found.cached;

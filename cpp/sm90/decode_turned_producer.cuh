@@ -22,9 +22,7 @@ struct TeamWalk {
     end = min_of((team + 1) * line.share, found.total);
     TurnedPart part{};
     part.sequence = found.sequence;
-    part.head = a.row_tiles.quotient(item_line);
-    part.first_row = (item_line - part.head * a.row_tiles.divisor) * Config::rows;
-    part.valid_rows = min_of(Config::rows, a.p.rows - part.first_row);
+    set_rows<Config>(a, item_line, part);
     part.cached = found.cached;
     take(a, part, found.range);
     return part;

@@ -15,7 +15,6 @@ struct TurnedDecodeTile {
   static constexpr int warp_keys = 16;   // of a tile of 64 keys
   static constexpr int most_stages = 8;  // tiles of keys on their way
   static constexpr int most_cluster = 8;
-  static constexpr int units = 132;  // multiprocessors of the devices that numbers here are for
 
   FLASHCORE_HD constexpr int rows() const { return tile_rows; }
   FLASHCORE_HD constexpr int warps() const { return groups * key_warps; }
