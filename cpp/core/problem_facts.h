@@ -2,6 +2,7 @@
 // Small facts of a Problem that several parts of the core share.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 
@@ -37,7 +38,10 @@ std::string capability(const DeviceProperties& device);
 // Whether the device runs the sm90 kernels of this build.
 bool runs_sm90(const DeviceProperties& device);
 
-// Whether TMA takes an array's strides: from 0 to 2^40 bytes.
+// TMA takes strides from 0 to below this, in bytes.
+constexpr int64_t tma_limit = int64_t{1} << 40;
+
+// Whether TMA takes an array's strides.
 bool tma_encodes(const Tensor& tensor);
 
 // What backend="sm90" needs of device and strides, as an error: RuntimeError, ValueError.
