@@ -37,289 +37,31 @@ wrong, 2 on bad usage.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
 import pathlib
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from accuracy import relative_difference, sample, verdict
+from cells import matmul_tflops, run_cell
 from probes import Peaks, add_share, keep_best, lowest, mark_steady, memory_peaks, probe_of
 from providers import flashcore_provider, peers_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from suites import Cell, cpu_summary, is_cpu, is_forward, rate_of, suites
-from timers import CpuTimer, CudaTimer, order_of
-
-import flashcore
-
-RESULTS = pathlib.Path(__file__).parent / "results"
-OURS = "flashcore"
-
-
-# --- a cell -----------------------------------------------------------------------------------------------------------
-
-
-def run_cell(cell: Cell, device: str, ours: Callable[..., torch.Tensor], peers: dict, options: Any) -> dict[str, Any]:
-    """Checks and times FlashCore and its peers on one cell; the result is ready for JSON."""
-    dtype = getattr(torch, cell.dtype)
-    sets = max(2, min(1024, math.ceil(options.rotate * 2**30 / cell.bytes)))
-    generator = torch.Generator(device).manual_seed(1)
-    shapes = (cell.shape_q, cell.shape_k, cell.shape_k)
-    arrays = []
-    for _ in range(sets):
-        q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
-        arrays.append((q, k, v, torch.full_like(q, math.nan)))  # poisoned: a row that nobody writes shows
-
-    exact = sample(cell, *arrays[0][:3], torch.Generator().manual_seed(2))
-    providers: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Callable[[int], torch.Tensor]] = {}
-    outputs: dict[str, torch.Tensor] = {}
-    for name, function in {OURS: ours, **peers}.items():
-        call = lambda i, function=function: function(cell, *arrays[i])  # noqa: E731
-        try:
-            # A copy for ours: its own array is written again and again while timing.
-            outputs[name] = call(0).clone() if name == OURS else call(0)
-            providers[name] = exact.errors(outputs[name])
-            calls[name] = call
-        except Exception as error:  # not installed, or not for this cell: it is said in the results
-            providers[name] = {"absent": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-    result: dict[str, Any] = {**asdict(cell), "label": cell.label, "sets": sets, "providers": providers}
-
-    ran = [name for name in calls if name != OURS]
-    yardstick = next((n for n in ("flash", "sdpa") if n in ran), None)
-    if yardstick is None and ran:
-        yardstick = min(ran, key=lambda n: providers[n]["relative_error"])
-    if OURS not in calls:
-        result["problem"] = providers[OURS]["absent"]
-    elif yardstick is None:
-        result["problem"] = "no peer ran, so there is no yardstick"
-    else:
-        difference = relative_difference(outputs[OURS], outputs[yardstick])
-        result["yardstick"] = yardstick
-        result["problem"] = verdict(providers[OURS], providers[yardstick], difference)
-    if result["problem"]:
-        return result
-    for name in ran:
-        outputs.pop(name)
-
-    timer = CudaTimer if device == "cuda" else CpuTimer
-    timers = {}
-    for name, call in list(calls.items()):
-        try:
-            own = getattr(peers.get(name), "timer", None)
-            timers[name] = own(cell, arrays, options.milliseconds) if own else timer(call, sets, options.milliseconds)
-        except Exception as error:
-            providers[name]["absent"] = f"{type(error).__name__}: {error}"
-            if name == OURS:
-                result["problem"] = f"while timed: {providers[name]['absent']}"
-                return result
-    names = list(timers)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(options.rounds):
-        for i in order_of(len(names), turn):
-            if device == "cuda":  # a round untimed: the clock is still that of the provider before
-                timers[names[i]].microseconds()
-            samples[names[i]].append(timers[names[i]].microseconds())
-    for name, values in samples.items():
-        middle = statistics.median(values)
-        providers[name]["microseconds"] = middle
-        providers[name]["spread"] = (max(values) - min(values)) / middle
-        providers[name]["tflops"] = cell.flops / middle / 1e6
-        providers[name]["tbytes_per_second"] = cell.bytes / middle / 1e6
-    if not torch.equal(arrays[0][3], outputs[OURS]):
-        result["problem"] = "the output changed while it was timed"
-    own = providers[OURS]["microseconds"]
-    result["ratios"] = {name: providers[name]["microseconds"] / own for name in names if name != OURS}
-    return result
-
-
-def matmul_tflops(options: Any, size: int = 8192) -> float:
-    """Of PyTorch's bfloat16 matmul, with the timer, the rotation and the rounds of the cells."""
-    sets = max(2, math.ceil(options.rotate * 2**30 / (3 * 2 * size**2)))
-    generator = torch.Generator("cuda").manual_seed(1)
-    shape = (3, size, size)
-    arrays = [torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
-    timer = CudaTimer(lambda i: torch.mm(arrays[i][0], arrays[i][1], out=arrays[i][2]), sets, options.milliseconds)
-    return 2.0 * size**3 / statistics.median(timer.microseconds() for _ in range(options.rounds)) / 1e6
-
-
-def over_unmasked(cells: list[dict[str, Any]]) -> dict[str, float]:
-    """Of each provider, its time for the window over its time for as many keys a query, none of them masked."""
-    right = [cell for cell in cells if not cell["problem"]]
-    times = [
-        {name: p["microseconds"] for name, p in cell["providers"].items() if "microseconds" in p}
-        for windowed in (True, False)
-        for cell in right
-        if (cell["window"] is not None) == windowed
-    ]
-    if len(times) != 2:  # of a part of the suite, or with a wrong cell
-        return {}
-    return {name: times[0][name] / times[1][name] for name in times[0] if name in times[1]}
-
-
-def geometric_means(cells: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of the ratios, over the right cells that a peer ran; `best` is the fastest peer of each cell."""
-    gathered: dict[str, list[float]] = {}
-    for cell in cells:
-        ratios = {} if cell["problem"] else cell["ratios"]
-        for name, ratio in ratios.items():
-            gathered.setdefault(name, []).append(ratio)
-        if ratios:
-            gathered.setdefault("best", []).append(min(ratios.values()))
-    return {n: {"ratio": statistics.geometric_mean(values), "cells": len(values)} for n, values in gathered.items()}
-
-
-# --- what goes into the file, and on the screen -----------------------------------------------------------------------
-
-
-def _first_line(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return ""
-
-
-def processor() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def surroundings(device: str, commit: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit or _first_line("git", "-C", str(RESULTS.parent), "rev-parse", "HEAD") or "unknown",
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "versions": {
-            "flashcore": flashcore.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-    }
-    if device == "cpu":
-        facts["threads"] = {"flashcore": flashcore.get_num_threads(), "torch": torch.get_num_threads()}
-        facts["isa"] = flashcore.info()["cpu"]["isa"]
-        return facts
-    facts["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    facts["multiprocessors"] = torch.cuda.get_device_properties(0).multi_processor_count
-    cudnn = torch.backends.cudnn.version()
-    facts["versions"].update(cuda=torch.version.cuda, cudnn=cudnn)
-    for name in ("fa3-fwd", "jax"):
-        try:
-            facts["versions"][name] = version(name)
-        except ModuleNotFoundError:
-            pass
-    return facts
-
-
-def strict(value: Any) -> Any:
-    """`value` without NaN and infinities, which JSON does not have: a wrong result's error becomes null."""
-    if isinstance(value, dict):
-        return {key: strict(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def share_text(cell: dict[str, Any]) -> str:
-    """In percent, with a star where the machine was not steady."""
-    if "share_of_peak" not in cell:
-        return "-"
-    return f"{100 * cell['share_of_peak']:.0f}%{'' if cell['steady'] else '*'}"
-
-
-def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """cpu_summary() as plain text."""
-    lines = []
-    for dtype, told in summary["dtypes"].items():
-        line = f"{dtype}: geometric mean {told['ratio']:.2f} ({told['cells']} cells), lowest {told['lowest']:.2f}"
-        line += f" at {told['lowest_at']}"
-        if "share_of_peak" in told:
-            line += f"; {100 * told['share_of_peak']:.0f}% of the peak at S 2048, D 128, full"
-        if "share_of_dot_peak" in told:
-            line += f" ({100 * told['share_of_dot_peak']:.0f}% of that of vectors' dot products)"
-        lines.append(line)
-    if summary["seed"] is not None:
-        lines.append(f"the seed's shape in float16: {summary['seed']:.2f}")
-    return lines
-
-
-def text_table(report: dict[str, Any]) -> str:
-    """Microseconds of every provider, FlashCore's rate, and its ratio to the best peer, as plain text."""
-    names = [n for n in report["providers"] if any("microseconds" in c["providers"][n] for c in report["cells"])]
-    unit, field, factor = rate_of(report["suite"])
-    shares = any("share_of_peak" in cell for cell in report["cells"])
-    share_column = ["of peak"] if shares else []
-    lines = [[report["suite"], *(f"{n} us" for n in names), unit, *share_column, "error", "best", "ratio"]]
-    for cell in report["cells"]:
-        if cell["problem"]:
-            lines.append([cell["label"], f"WRONG: {cell['problem']}"])
-            continue
-        providers = cell["providers"]
-        times = [f"{p['microseconds']:.1f}" if "microseconds" in (p := providers[n]) else "-" for n in names]
-        speed = providers[OURS][field] * factor
-        best = min(cell["ratios"], key=cell["ratios"].get, default="")
-        ratio = f"{cell['ratios'][best]:.3f}" if best else "-"
-        error = f"{providers[OURS]['max_error']:.1e}"
-        rate = f"{speed:.3g}" if speed < 10 else f"{speed:.0f}"
-        share = [share_text(cell)] if shares else []
-        lines.append([cell["label"], *times, rate, *share, error, best, ratio])
-    widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
-    rows = []
-    for first, *rest in lines:
-        right = (text.rjust(width) for text, width in zip(rest, widths[1:], strict=False))  # a wrong cell has fewer
-        rows.append("  ".join([first.ljust(widths[0]), *right]))
-    means = ", ".join(f"{n} {m['ratio']:.3f} ({m['cells']} cells)" for n, m in report["geometric_means"].items())
-    rows.append(f"geometric means of peer's time over FlashCore's: {means or 'none'}")
-    if "summary" in report:
-        rows += summary_lines(report["summary"])
-    if "probe" in report and report["peaks"]:
-        told = ", ".join(f"{name} {value:.3g}" for name, value in report["peaks"].items())
-        rows.append(f"the best peaks, by {report['probe']}: {told}")
-        unsteady = [cell["label"] for cell in report["cells"] if not cell.get("steady", True)]
-        if unsteady:
-            rows.append(f"* the peak beside it was more than 10% below the run's best: {len(unsteady)} cells")
-    if report.get("over_unmasked"):
-        told = ", ".join(f"{n} {ratio:.3f}" for n, ratio in report["over_unmasked"].items())
-        rows.append(f"the window's time over that of as many keys, none masked: {told}")
-    if "matmul_tflops" in report:
-        rows.append(f"matmul: {report['matmul_tflops']:.0f} TFLOP/s")
-    return "\n".join(rows)
+from suites import OURS, Cell, is_cpu, is_forward, suites
+from summaries import cpu_summary, geometric_means, over_unmasked
+from surroundings import RESULTS, short_name, surroundings
+from text_table import text_table
 
 
 def part(text: str) -> slice:
     """Of "FROM:TO", either of which may be left out."""
     first, last = text.split(":")
     return slice(int(first) if first else None, int(last) if last else None)
-
-
-def earlier(path: pathlib.Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The report at `path`. Raises ValueError unless it is of the same measurement as `report`, apart from the date."""
-    try:
-        old = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--append: {path}: {error}") from error
-    for key in report:
-        if key not in ("date", "cells", "geometric_means", "over_unmasked", "matmul_tflops", "peaks", "summary"):
-            was, now = old.get(key), json.loads(json.dumps(report[key]))
-            if was != now:
-                raise ValueError(f"--append: {path} has {key} {was}, this run has {now}")
-    return old
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -391,11 +133,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--probe: {error}", file=sys.stderr)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    short = "" if device == "cpu" else facts["device"].lower().replace("nvidia ", "").split()[0]
     reports = []
     peaks: Peaks = {}  # the best of the run, of all its suites
     for suite in options.suite:
-        name = options.name or "-".join(dict.fromkeys(filter(None, (suite, options.backend, short))))
+        name = options.name or "-".join(dict.fromkeys(filter(None, (suite, options.backend, short_name(facts)))))
         path = options.output / f"{name}.json"
         report = {
             "kind": "compare",
@@ -430,6 +171,20 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{peer} did not run every cell: {reason}")
         print(f"wrote {path}")
     return 1 if any(cell["problem"] for report, _ in reports for cell in report["cells"]) else 0
+
+
+def earlier(path: pathlib.Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report at `path`. Raises ValueError unless it is of the same measurement as `report`, apart from the date."""
+    try:
+        old = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--append: {path}: {error}") from error
+    for key in report:
+        if key not in ("date", "cells", "geometric_means", "over_unmasked", "matmul_tflops", "peaks", "summary"):
+            was, now = old.get(key), json.loads(json.dumps(report[key]))
+            if was != now:
+                raise ValueError(f"--append: {path} has {key} {was}, this run has {now}")
+    return old
 
 
 def run_suite(
@@ -520,6 +275,15 @@ def gather(report: dict[str, Any], cells: list[dict[str, Any]]) -> None:
         report["over_unmasked"] = over_unmasked(cells)
     if report["suite"] == "cpu":
         report["summary"] = cpu_summary(cells)
+
+
+def strict(value: Any) -> Any:
+    """`value` without NaN and infinities, which JSON does not have: a wrong result's error becomes null."""
+    if isinstance(value, dict):
+        return {key: strict(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from compare import RESULTS, surroundings
 from host import OURS, PEER
+from surroundings import RESULTS, short_name, surroundings
 
 import flashcore
 import flashcore.torch
@@ -261,8 +261,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {call['name']}: {call['issued']:.2f} us issued, {call['alone']:.2f} alone")
     for chain in report.get("chains", ()):
         print(f"one call more, {chain['name']}: {chain['microseconds']:.2f} us")
-    short = "" if device == "cpu" else facts["device"].lower().replace("nvidia ", "").split()[0]
-    path = options.output / f"{'-'.join(filter(None, ('host', short)))}.json"
+    path = options.output / f"{'-'.join(filter(None, ('host', short_name(facts))))}.json"
     options.output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {path}")

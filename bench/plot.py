@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-OURS = "flashcore"
+from suites import OURS
+
 PANEL_HEIGHT = 150
 LEFT, TOP, GAP_X, GAP_Y, RIGHT, BOTTOM = 52, 86, 18, 52, 16, 46
 # Where cells stand side by side: the place of one, the room between two groups, and the least room that a group's name

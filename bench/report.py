@@ -24,11 +24,11 @@ import host
 import ladder
 import model
 import plot
-from suites import TITLES, cpu_summary, is_cpu, rate_of
+from suites import OURS, TITLES, is_cpu, rate_of
+from summaries import cpu_summary
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
-OURS = "flashcore"
 BACKENDS = ("chosen by plan", "sm90", "sm80", "cpu")
 IN_RATES = ("forward", "forward_more", "varlen")  # every provider in the suite's unit; elsewhere in microseconds
 

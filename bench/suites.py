@@ -7,10 +7,10 @@ import json
 import math
 import pathlib
 import random
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
+OURS = "flashcore"  # among the providers of a result
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 TITLES = {
@@ -225,28 +225,4 @@ def suites() -> dict[str, list[Cell]]:
             for dtype in ("float32", "bfloat16", "float16")
         ],
         "cpu_decode": [Cell(8, 32, 1, 128, heads_k=8, seqlen_k=8192, page_size=0)],
-    }
-
-
-def cpu_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the results of the suite "cpu" come to. `dtypes`: of each its ratios' geometric mean and the lowest, with
-    the cell, and the lowest share of the peak at 2,048 tokens, head dimension 128, full, where peaks were probed.
-    `seed`: the ratio at the seed's shape, (1, 8, 512, 64) in float16, full; None where that was not measured."""
-    right = [cell for cell in cells if not cell["problem"] and cell["ratios"]]
-    dtypes: dict[str, dict[str, Any]] = {}
-    for dtype in dict.fromkeys(cell["dtype"] for cell in right):
-        own = [(cell["ratios"]["sdpa"], cell["label"]) for cell in right if cell["dtype"] == dtype]
-        low, label = min(own)
-        mean = statistics.geometric_mean(ratio for ratio, _ in own)
-        dtypes[dtype] = {"cells": len(own), "ratio": mean, "lowest": low, "lowest_at": label}
-    for cell in right:
-        if (cell["seqlen"], cell["head_dim"], cell["causal"]) == (2048, 128, False) and "share_of_peak" in cell:
-            told = dtypes[cell["dtype"]]
-            for share in ("share_of_peak", "share_of_dot_peak"):
-                if share in cell:
-                    told[share] = min(cell[share], told.get(share, math.inf))
-    seed = Cell(1, 8, 512, 64, dtype="float16").label
-    return {
-        "dtypes": dtypes,
-        "seed": next((cell["ratios"]["sdpa"] for cell in right if cell["label"] == seed), None),
     }

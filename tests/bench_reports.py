@@ -36,8 +36,8 @@ def made_up(bench, suite, backend, device="a GPU", ceiling=800.0):
     if bench.suites.is_forward(suite):
         facts["matmul_tflops"] = ceiling
     if suite == "window":
-        facts["over_unmasked"] = bench.compare.over_unmasked(cells)
-    means = bench.compare.geometric_means(cells)
+        facts["over_unmasked"] = bench.summaries.over_unmasked(cells)
+    means = bench.summaries.geometric_means(cells)
     names = ["flashcore", "flash", "fa3"]
     head = {"kind": "compare", "suite": suite, "backend": backend, **facts}
     return {**head, "providers": names, "cells": cells, "geometric_means": means}

@@ -68,6 +68,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     names = (
         "accuracy",
+        "cells",
         "compare",
         "host",
         "ladder",
@@ -78,6 +79,9 @@ def bench(monkeypatch):
         "providers",
         "report",
         "suites",
+        "summaries",
+        "surroundings",
+        "text_table",
         "timers",
     )
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})

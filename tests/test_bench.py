@@ -21,9 +21,9 @@ OPTIONS = SimpleNamespace(rotate=1e-6, rounds=3, milliseconds=1.0)
 
 
 def run(bench, cell, device, ours=None, peers=None):
-    compare = bench.compare
     ours = ours or bench.providers.flashcore_provider(None)
-    return compare.run_cell(cell, device, ours, bench.providers.peers_of(device) if peers is None else peers, OPTIONS)
+    peers = bench.providers.peers_of(device) if peers is None else peers
+    return bench.cells.run_cell(cell, device, ours, peers, OPTIONS)
 
 
 def test_a_cell_is_checked_and_timed(bench, device):
@@ -299,7 +299,7 @@ def test_each_cell_is_held_against_the_peaks_beside_it(bench, monkeypatch, tmp_p
     assert bench.probes.governing(half, {"float32_tflops": 1.0}) == "float32_tflops"  # there is no dot product
     bench.probes.add_share(half, {**PEAKS, "bfloat16_dot_tflops": 0.1}, PEAKS)
     assert half["share_of_dot_peak"] == pytest.approx(4 * half["share_of_peak"])
-    (line, *_) = bench.compare.summary_lines(bench.suites.cpu_summary([half]))
+    (line, *_) = bench.text_table.summary_lines(bench.summaries.cpu_summary([half]))
     assert line.endswith(f"({100 * half['share_of_dot_peak']:.0f}% of that of vectors' dot products)")
     assert f"({100 * half['share_of_dot_peak']:.0f}% of vectors' dot products)" in bench.report._share(half)
 
@@ -311,7 +311,7 @@ def test_the_summary_has_means_and_the_lowest(bench):
 
     cells = [cell("float32", 1.0, share_of_peak=0.7), cell("float32", 4.0, share_of_peak=0.6)]
     cells += [cell("float32", 9.0, "wrong"), cell("float16", 3.0, causal=True, share_of_peak=0.1)]
-    summary = bench.suites.cpu_summary(cells)
+    summary = bench.summaries.cpu_summary(cells)
     low = {"lowest": 1.0, "lowest_at": "float32 1.0"}
     assert summary["dtypes"]["float32"] == {"cells": 2, "ratio": pytest.approx(2.0), **low, "share_of_peak": 0.6}
     assert "share_of_peak" not in summary["dtypes"]["float16"] and summary["seed"] is None

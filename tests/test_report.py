@@ -26,7 +26,7 @@ def test_readme_tells_one_backend_in_full_and_the_other_in_a_line(bench, tmp_pat
 def test_readme_sums_up_the_grid(bench, tmp_path):
     grid = made_up(bench, "grid", "sm90")
     grid["cells"][7]["problem"] = "a reason"
-    assert bench.compare.geometric_means(grid["cells"])["best"]["cells"] == 119
+    assert bench.summaries.geometric_means(grid["cells"])["best"]["cells"] == 119
     readme, _ = written(bench, tmp_path, grid)
     rows = [line for line in readme.splitlines() if line.startswith("| ") and " | fa3 |" in line]
     assert len(rows) == 10 and rows[0].startswith("| 64 bf16 | 11 | ") and "wrong: a reason" in readme
@@ -40,7 +40,7 @@ def test_readme_holds_the_window_against_unmasked_tiles(bench, tmp_path):
     assert window["over_unmasked"]["flashcore"] == pytest.approx(401 / 400)
     readme, _ = written(bench, tmp_path, window)
     assert "none masked: flashcore 1.00, flash 1.00, fa3 1.01." in readme
-    assert bench.compare.over_unmasked(window["cells"][:1]) == {}
+    assert bench.summaries.over_unmasked(window["cells"][:1]) == {}
 
 
 def test_check_covers_the_plots(bench, tmp_path, capsys):
