@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of bench/ with made-up figures, and README as bench/report.py makes it from them, for the tests of bench/."""
+"""What the tests of bench/ share: reports with made-up figures, README as bench/report.py makes it from them, and what
+stands in for probes and providers."""
 
 from __future__ import annotations
 
@@ -18,6 +19,17 @@ def probed(bench, monkeypatch, *speeds):
         return {name: value * speed for name, value in PEAKS.items()}
 
     monkeypatch.setattr(bench.compare, "probe_of", lambda program: ("made up", probe))
+
+
+def spoiled(function, where, amount):
+    """The provider `function` with `amount` added to its result at `where`."""
+
+    def call(cell, q, k, v, out):
+        result = function(cell, q, k, v, out)
+        result[where] += amount
+        return result
+
+    return call
 
 
 def made_up(bench, suite, backend, device="a GPU", ceiling=800.0):
