@@ -13,8 +13,8 @@ struct DecodeTile {
   static constexpr int warps = 4;
   static constexpr int warp_keys = 16;   // of a tile of keys, each warp's own
   static constexpr int most_stages = 8;  // tiles of keys on their way
-  static constexpr int static_bytes =
-      2048;  // the kernel's own state (1 KiB) and the 1 KiB that the driver reserves a block
+  // The kernel's own state (1 KiB) and the 1 KiB that the driver reserves a block.
+  static constexpr int static_bytes = 2048;
 
   FLASHCORE_HD constexpr int rows() const { return 16 * slices; }
   FLASHCORE_HD constexpr int q_bytes() const { return rows() * head_dim * 2; }

@@ -16,8 +16,8 @@ struct SmallTile {
   int blocks;      // of a multiprocessor, that the registers leave room for
   bool plain_score;
 
-  static constexpr int step =
-      64;  // keys of a product; each step has a barrier for its keys, each chunk one for its values
+  // Keys of a product; each step has a barrier for its keys, each chunk one for its values.
+  static constexpr int step = 64;
   static constexpr int most_steps = 16;    // of a warpgroup's part of the keys
   static constexpr int state_bytes = 128;  // what the block is to do
   static constexpr int units = 132;        // multiprocessors of the devices that the choice of tiles is for
