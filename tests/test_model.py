@@ -8,7 +8,7 @@ import os
 import pytest
 
 import flashcore
-from flashcore.verify import SENTENCES
+from flashcore._verify_cases import SENTENCES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the package carries its model
 torch = pytest.importorskip("torch")

@@ -15,7 +15,7 @@ import warnings
 import pytest
 from reference import errors, meets_standard
 
-from flashcore.verify import SENTENCES
+from flashcore._verify_cases import SENTENCES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # MiniLM's package carries its model
 torch = pytest.importorskip("torch")

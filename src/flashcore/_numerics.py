@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from flashcore.verify import Case
+    from flashcore._verify_cases import Case
 
 
 def visible(case: Case, queries: int, keys: int) -> np.ndarray | None:
