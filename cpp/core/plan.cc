@@ -37,6 +37,16 @@ bool tma_encodes(const Tensor& tensor) {
   return true;
 }
 
+void check_gpu(const DeviceProperties& device, Backend backend) {
+  if (backend == Backend::cpu) {
+    throw ValueError("backend: got \"cpu\" for the device " + device.name + "; expected \"sm80\", \"sm90\" or None");
+  }
+  if (device.compute_capability < 80) {
+    throw RuntimeError(device.name + " has compute capability " + capability(device) +
+                       "; FlashCore's kernels need 8.0 (Ampere) or later: move the arrays to the CPU");
+  }
+}
+
 void check_sm90(const DeviceProperties& device, bool tma_encodes) {
   if (!runs_sm90(device)) {
     throw RuntimeError("backend: got \"sm90\" for " + device.name + ", whose compute capability is " +
@@ -68,13 +78,7 @@ Plan plan_forward(const Problem& problem, const DeviceProperties& device) {
     }
     return plan_cpu(problem, device);
   }
-  if (problem.backend == Backend::cpu) {
-    throw ValueError("backend: got \"cpu\" for the device " + device.name + "; expected \"sm80\", \"sm90\" or None");
-  }
-  if (device.compute_capability < 80) {
-    throw RuntimeError(device.name + " has compute capability " + capability(device) +
-                       "; FlashCore's kernels need 8.0 (Ampere) or later: move the arrays to the CPU");
-  }
+  check_gpu(device, problem.backend);
   bool const hopper = runs_sm90(device);
   if (problem.backend == Backend::sm90) check_sm90(device, tma_encodes(problem));
   bool const wants_sm80 = problem.backend == Backend::sm80;

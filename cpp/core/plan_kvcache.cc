@@ -276,7 +276,6 @@ Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device
   Sizes const s = sizes(problem);
   Work const work(s, tile_for(sm90_tiles, s.head_dim, Work(s, 1).rows).rows());
   HopperDecodeTile const& tile = tile_for(sm90_tiles, s.head_dim, work.rows);
-  int const blocks_a_unit = tile.blocks_a_unit();
   Division const division = division_of(problem, device, work, tile);
   int const part_rows = rows_of_part(work, tile);
   int const cluster_rows = division.shares > 1 ? part_rows * (division.shares / division.cluster) : 0;
@@ -433,13 +432,7 @@ Plan plan(const KvCacheProblem& problem, const DeviceProperties& device) {
     plan.splits = problem.batch_invariant ? 1 : cpu_splits(sizes(problem), problem.layout);
     return plan;
   }
-  if (problem.backend == Backend::cpu) {
-    throw ValueError("backend: got \"cpu\" for the device " + device.name + "; expected \"sm80\", \"sm90\" or None");
-  }
-  if (device.compute_capability < 80) {
-    throw RuntimeError(device.name + " has compute capability " + capability(device) +
-                       "; FlashCore's kernels need 8.0 (Ampere) or later: move the arrays to the CPU");
-  }
+  check_gpu(device, problem.backend);
   check_countable(sizes(problem));
   if (problem.backend == Backend::sm90) {
     check_sm90(device, tma_encodes(problem.key_cache) && tma_encodes(problem.value_cache));

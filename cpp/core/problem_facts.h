@@ -44,6 +44,9 @@ constexpr int64_t tma_limit = int64_t{1} << 40;
 // Whether TMA takes an array's strides.
 bool tma_encodes(const Tensor& tensor);
 
+// Throws where the device is a GPU that no kernel runs on, or where the CPU's backend is asked for on it.
+void check_gpu(const DeviceProperties& device, Backend backend);
+
 // What backend="sm90" needs of device and strides, as an error: RuntimeError, ValueError.
 void check_sm90(const DeviceProperties& device, bool tma_encodes);
 
