@@ -66,8 +66,9 @@ __device__ __forceinline__ RowPlace row_place(TurnedArguments const& a, TurnedPa
 
 // --- barriers of warps -----------------------------------------------------------------------------------------------
 
-// Each producer's tell_part() says that its mbarriers are set up, the first one's that the part is known, too. The
-// other producers know the part by themselves. In shared memory they look at it when they have asked for all tiles.
+// Each producer's tell_part() says that its mbarriers are set up, and that its first tile is the right one; the first
+// one's that the part is known, too. The other producers know the part by themselves. In shared memory they look at it
+// when they have asked for all tiles.
 template <class Config>
 __device__ __forceinline__ void tell_producers() {
   asm volatile("barrier.cta.arrive.aligned 3, %0;" ::"n"(32 * Config::groups) : "memory");
@@ -198,9 +199,14 @@ struct TurnedRing {
     __syncwarp();
   }
   __device__ __forceinline__ void load_first(TurnedBoxes<Config> const& tile, bool acts) {
-    if (elected()) {
+    if (acts && elected()) {
+      if (boxes() * a.column_boxes == 1) {  // this in a straight line: 45.6 / 44.8 us
+        ask_box(Place(*this, 0, true), 0, 0, tile.row, tile.head, tile.blocks[0]);
+        ask_box(Place(*this, 1, false), 0, 0, tile.row, tile.head, tile.blocks[0]);
+      } else {
 #pragma unroll 1
-      for (int i = 0; i < 2; ++i) ask(Place(*this, i, i == 0), tile, acts);
+        for (int i = 0; i < 2; ++i) ask(Place(*this, i, i == 0), tile);
+      }
     }
     __syncwarp();
     if (acts) place.advance(shared.slots()), place.advance(shared.slots());
@@ -230,7 +236,7 @@ struct TurnedRing {
       shared.empty(group)[place.stage].wait(place.phase ^ 1);
       if (elected()) {
         expect(place.stage, tile, i == 0);
-        ask(at, tile, true);
+        ask(at, tile);
       }
       __syncwarp();
       place.advance(shared.slots());
@@ -253,26 +259,24 @@ struct TurnedRing {
     if (keys && a.p.page_table != nullptr) shared.absent(group)[slot] = tile.absent;
     shared.full(group)[slot].arrive_and_expect_tx(Config::kv_bytes);
   }
-  __device__ __forceinline__ void ask(Place const& at, TurnedBoxes<Config> const& tile, bool acts) const {
+  __device__ __forceinline__ void ask(Place const& at, TurnedBoxes<Config> const& tile) const {
+    static_assert(Config::panels <= 2);
 #pragma unroll
     for (int b = 0; b < TurnedBoxes<Config>::most; ++b) {
       if (b >= boxes()) break;
-      uint32_t const to = at.to + (b << a.log_box) * row_bytes;
-      ask_box(at, to, 0, tile.row, tile.head, tile.blocks[b], acts);
+      int const behind = (b << a.log_box) * row_bytes;
+      ask_box(at, behind, 0, tile.row, tile.head, tile.blocks[b]);
       if (Config::panels > 1 && a.column_boxes > 1) {
-        static_assert(Config::panels <= 2);
-        ask_box(at, to + Config::tile_k * row_bytes, panel_columns, tile.row, tile.head, tile.blocks[b], acts);
+        ask_box(at, behind + Config::tile_k * row_bytes, panel_columns, tile.row, tile.head, tile.blocks[b]);
       }
     }
   }
-  // (The condition is the instruction's own, so that those before it are fetched where it does nothing.)
-  static __device__ __forceinline__ void ask_box(Place const& at, uint32_t to, int column, int row, int head, int block,
-                                                 bool acts) {
+  static __device__ __forceinline__ void ask_box(Place const& at, int behind, int column, int row, int head,
+                                                 int block) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
-        "@p cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-        "[%1, {%3, %4, %5, %6, %7}], [%2], %8;\n}" ::"r"(to),
-        "l"(at.map), "r"(at.full), "r"(column), "r"(row), "r"(0), "r"(head), "r"(block), "l"(read_once), "r"(int{acts})
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+        "[%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(at.to + behind),
+        "l"(at.map), "r"(at.full), "r"(column), "r"(row), "r"(0), "r"(head), "r"(block), "l"(read_once)
         : "memory");
   }
 };
