@@ -193,8 +193,8 @@ struct TurnedRing {
   // The first tile, whose places are free: what can be done before the kernel ahead has ended, and the rest.
   __device__ __forceinline__ void expect_first(TurnedBoxes<Config> const& tile) {
     if (elected()) {
-      expect(0, tile, true);
-      expect(1, tile, false);
+      expect(Place(*this, 0, true), tile, true);
+      expect(Place(*this, 1, false), tile, false);
     }
     __syncwarp();
   }
@@ -228,6 +228,7 @@ struct TurnedRing {
     place = {};
   }
   __device__ __forceinline__ void load(TurnedBoxes<Config> tile) {
+    have(tile.row), have(tile.head);
 #pragma unroll
     for (int b = 0; b < TurnedBoxes<Config>::most; ++b) have(tile.blocks[b]);
 #pragma unroll 1
@@ -235,7 +236,7 @@ struct TurnedRing {
       Place const at(*this, place.stage, i == 0);
       shared.empty(group)[place.stage].wait(place.phase ^ 1);
       if (elected()) {
-        expect(place.stage, tile, i == 0);
+        expect(at, tile, i == 0);
         ask(at, tile);
       }
       __syncwarp();
@@ -247,17 +248,20 @@ struct TurnedRing {
   // Of a tile's keys or values in shared memory.
   struct Place {
     uint64_t map;
-    uint32_t full, to;
+    uint32_t full, absent, to;
     __device__ __forceinline__ Place(TurnedRing const& ring, int slot, bool keys)
         : map(reinterpret_cast<uint64_t>(keys ? &ring.a.k : &ring.a.v)),
           full(shared_address(ring.shared.full(ring.group) + slot)),
+          absent(shared_address(ring.shared.absent(ring.group) + slot)),
           to(shared_address(ring.shared.slot(ring.group, slot))) {
-      have(map), have(full), have(to);
+      have(map), have(full), have(absent), have(to);
     }
   };
-  __device__ __forceinline__ void expect(int slot, TurnedBoxes<Config> const& tile, bool keys) const {
-    if (keys && a.p.page_table != nullptr) shared.absent(group)[slot] = tile.absent;
-    shared.full(group)[slot].arrive_and_expect_tx(Config::kv_bytes);
+  __device__ __forceinline__ void expect(Place const& at, TurnedBoxes<Config> const& tile, bool keys) const {
+    if (keys && a.p.page_table != nullptr)
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at.absent), "r"(tile.absent) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at.full), "r"(Config::kv_bytes)
+                 : "memory");
   }
   __device__ __forceinline__ void ask(Place const& at, TurnedBoxes<Config> const& tile) const {
     static_assert(Config::panels <= 2);
