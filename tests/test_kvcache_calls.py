@@ -399,6 +399,47 @@ def test_lengths_written_right_ahead_of_the_call(arrays, decode_kernel, page_siz
             assert all(arrays.same_bits(a, b) for a, b in zip(result, expected[i % len(now)], strict=True)), i
 
 
+@pytest.mark.parametrize("keys", [4096, 40000])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_page_table_written_by_the_call_ahead(arrays, decode_kernel, page_size, keys):
+    """A kernel that starts while the one ahead ends looks at the table then: what counts is what it becomes. The call
+    ahead has a key that outweighs all others, so that its output is that key's value: the bits of page numbers."""
+    gpu_only(arrays)
+    pages, first = 512, 1024  # as halves, numbers below 1,024 would not be normal
+    device, half = torch.device("cuda"), torch.float16
+    generator = torch.Generator().manual_seed(keys + page_size)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device, half)
+
+    tables = [first + torch.randperm(pages, generator=generator).to(device, torch.int32) for _ in range(2)]
+    ahead = [random(1, keys, 8, 128) for _ in range(2)]
+    queries = []
+    for i, (table, at) in enumerate(zip(tables, (keys // 3, keys - 2), strict=True)):
+        direction = torch.zeros(128, device=device, dtype=half)
+        direction[64 * i : 64 * i + 64] = 8
+        ahead[0][0, at] = direction
+        ahead[1][0, at] = table.view(half).view(8, 128)
+        queries.append(direction.expand(1, 1, 8, 128).contiguous())
+    query, caches = random(1, 1, 8, 128), [random(first + pages, page_size, 2, 128) for _ in range(2)]
+    lengths = arrays.int32([keys]), arrays.int32([pages * page_size - 5])
+
+    def call(table):
+        return flashcore.attention_kvcache(query, *caches, lengths[1], page_table=table)
+
+    expected = [call(table.view(1, pages)) for table in tables]
+    written = torch.full((1, pages), -7, device=device, dtype=torch.int32)
+    torch.cuda.synchronize()
+    results = []
+    for i in range(40):
+        flashcore.attention_kvcache(queries[i % 2], *ahead, lengths[0], out=written.view(half).view(1, 1, 8, 128))
+        results.append(call(written))
+    torch.cuda.synchronize()
+    assert torch.equal(written[0], tables[1])
+    for i, result in enumerate(results):
+        assert arrays.same_bits(result, expected[i % 2]), i
+
+
 def test_two_graphs_side_by_side(arrays, decode_kernel):
     """Replayed at once on two streams, each with a workspace of its own."""
     gpu_only(arrays)

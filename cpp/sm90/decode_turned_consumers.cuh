@@ -251,8 +251,8 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
   for (int i = group; i < count; i += Config::groups) {
     int const turn = i / Config::groups, tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;
     shared.full(group)[place.stage].wait(place.phase);
-    bool const here = p.page_table == nullptr ||
-                      (shared.absent(group)[place.stage] >> ((tile_key >> a.log_box) * a.column_boxes) & 1) == 0;
+    bool const here =
+        p.page_table == nullptr || (shared.absent(group)[place.stage] >> (tile_key >> a.log_box) & 1) == 0;
     bool const has_edge = (tile + 1) * Config::tile_k > part.cached;
     if (has_edge && p.new_tokens > 0) patch_with(p.new_k, false, shared.slot(group, place.stage), first, here);
 
@@ -307,8 +307,18 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
       float2 const first = unpacked<Element>(packed[2 * h]), second = unpacked<Element>(packed[2 * h + 1]);
       return float2{first.x + second.x, first.y + second.y};
     };
+    // (Of 32 rows, the least is looked for apart: there are no registers for it beside the weights.)
+    float most_before = minus_infinity();
+    if constexpr (rows > 16) {
+      if (turn == 0) {
+        float least = exact ? minus_infinity() : 0.0f;
+#pragma unroll
+        for (int x = 0; x < rows / 2; ++x) least = fminf(least, s[x]);
+        if (least * factor < Config::least) most_before = -minus_infinity();
+      }
+    }
     auto const weigh = [&] {
-      float most = minus_infinity(), least = 0.0f;
+      float most = most_before, least = 0.0f;
 #pragma unroll
       for (int j = 0; j < rows / at_once; ++j) {
         float w[4 * eights];
@@ -352,7 +362,7 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
         }
       }
       cutlass::arch::fence_view_async_shared();
-      return most > (exact ? 0.0f : Config::slack) || (turn == 0 && (rows > 16 || least < Config::least));
+      return most > (exact ? 0.0f : Config::slack) || (turn == 0 && least < Config::least);
     };
     if (group_any<Config>(group, weigh())) {
       raise_references<Config>(shared, work, s, factor, turn == 0, warp, lane);

@@ -162,10 +162,10 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      exact += __shfl_xor_sync(0xffffffffu, exact, step);
+      if constexpr (!Config::one_sum) exact += __shfl_xor_sync(0xffffffffu, exact, step);
     }
     store_shared(acts && lane < 4, sums + row * key_warps * 4, sum);
-    store_shared(acts && lane < 4, sums + (Config::rows + row) * key_warps * 4, exact);
+    if constexpr (!Config::one_sum) store_shared(acts && lane < 4, sums + (Config::rows + row) * key_warps * 4, exact);
 #pragma unroll
     for (int m = 0; m < Config::panels; ++m) {
       store_shared(acts, outputs + (row * merge_stride + m * 64) * 4, work.o[m][x]);
@@ -195,8 +195,8 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
     for (int g = 0; g < groups; ++g) {
       static_assert(key_warps == 4);
       float4 const of_warps = read(reinterpret_cast<float4 const*>(shared.states(g) + row * key_warps));
-      float4 const exact_of_warps =
-          read(reinterpret_cast<float4 const*>(shared.states(g) + (Config::rows + row) * key_warps));
+      int const exact_row = Config::one_sum ? row : Config::rows + row;
+      float4 const exact_of_warps = read(reinterpret_cast<float4 const*>(shared.states(g) + exact_row * key_warps));
       float const* const of_group = shared.outputs(g, Config::tile.walks() && acts ? shared.output_slots()[g] : 0);
       x[g] = read(reinterpret_cast<float4 const*>(of_group + row * merge_stride + piece * 4));
       sum[g] = (of_warps.x + of_warps.y) + (of_warps.z + of_warps.w);

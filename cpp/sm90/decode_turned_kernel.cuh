@@ -67,9 +67,10 @@ void run_decode_turned(DecodeParams const& p, Plan const& plan, cudaStream_t str
   bool const whole = p.head_dim == 64 * Config::panels && box_rows == Config::tile_k;
   auto const cache = [&](Rows<void const*> const& rows) { return cache_map<Config>(p, rows, box_rows, whole); };
   // A single sequence's clusters leave room for the next call's, whose first tiles then come while these end (4,096
-  // keys of dimension 128, 2 / 4 tiles 7.6 / 7.5 us, 32,768 45.0 / 44.4). With 65,536 keys that takes 88 to 104,
-  // without 88.9.
-  constexpr int most_prefetched = 4, most_elements = 32768 * 128;
+  // keys of dimension 128, 2 / 4 tiles 7.6 / 7.5 us, 32,768 45.0 / 44.4; 4 / 5, in pages of 16 8.2 / 7.8 and 47.8
+  // / 47.6, contiguous 7.8 / 7.7 and 44.9 / 45.2). With 65,536 keys that takes 88 to 104, without 88.9.
+  int const most_prefetched = paged ? 5 : 4;
+  constexpr int most_elements = 32768 * 128;
   bool const prefetches = p.batch == 1 && plan.cluster > 1 && int64_t{p.seqlen_k} * p.head_dim <= most_elements;
   // Blocks that stay start while the merge before works, and bring one tile: 8 sequences of 8,192 keys 89.8 us, without
   // 92.4, with two 90.2.

@@ -57,15 +57,12 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
                                         int lane) {
   constexpr int groups = Config::groups, log_tile = 6;
   static_assert(Config::tile_k == 1 << log_tile);
-  if (group > 0) tell_part<Config>();
   sm80::DecodeParams const& p = a.p;
-  TurnedRing<Config> ring(a, shared, group, lane);
+  TurnedRing<Config> ring{a, shared, group};
   int const box_rows = 1 << a.log_box, log_boxes = log_tile - a.log_box, boxes = 1 << log_boxes;
   bool const paged = p.page_table != nullptr;
-  // Where the lane's box begins in a page, of a tile whose first key is `key`.
-  auto const row_in_page = [&](int key) {
-    return (key + (ring.box() < boxes ? ring.box() : 0) * box_rows) & (p.page_size - 1);
-  };
+  // Where all of a tile's boxes begin in their pages: a page has a tile, or all of a box.
+  auto const row_in_page = [&](int key) { return key & (p.page_size - 1); };
 
   // What the page table says of 32 boxes of the producer's tiles, one a lane, where they begin before key `end`.
   // Nothing looks at it before it is needed, or the warp would wait for it.
@@ -73,7 +70,13 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
     box += lane;
     int const i = box >> log_boxes, tile = part.first + (i * groups + group) * part.step;
     int const key = tile * Config::tile_k + (box - (i << log_boxes)) * box_rows;
-    return key < end ? p.page_table[part.sequence * p.page_table_stride + (key >> a.log_page)] : -1;
+    int const* const entry = p.page_table + part.sequence * p.page_table_stride + (key >> a.log_page);
+    int page = -1;
+    asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\n@p ld.relaxed.gpu.global.b32 %0, [%1];\n}"
+                 : "+r"(page)
+                 : "l"(entry), "r"(key), "r"(end)
+                 : "memory");
+    return page;
   };
   auto const existing = [&](int page) { return page >= 0 && page < p.pages ? page : -1; };
   int next_pages = -1;
@@ -89,8 +92,22 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
     bool const exists = (way + g * part.step) * Config::tile_k < p.seqlen_k;
     part.ahead += p.window_left >= unlimited && exists && !walks;
   }
-  bool const ahead = group < part.ahead;
-  if (ahead && !paged) ring.expect_first();
+  bool const ahead = group < part.ahead, may_be_wrong = ahead && paged;
+  if (group > 0 && !may_be_wrong) tell_part<Config>();
+  // Of its pages, the table may say something else when the kernel ahead has ended. That is found out when the tile has
+  // been asked for. (32,768 keys in pages of 64 in order, read behind that end / before, us: 45.6 / 44.9.)
+  int pages_before = -1;
+  TurnedBoxes<Config> first{};
+  auto const first_boxes = [&](int page) {
+    int const row = first_tile * Config::tile_k;
+    return ring.tile(paged ? row_in_page(row) : row, part.head, paged ? existing(page) : part.sequence);
+  };
+  if (ahead) {
+    part.first = way;
+    if (paged) pages_before = pages_from(part, 0, p.seqlen_k);
+    first = first_boxes(pages_before);
+    ring.expect_first(first);
+  }
   // Then the warp goes through here twice, the first time for the instructions, while the kernel ahead still runs.
 #pragma unroll 1
   for (int pass = walks ? 1 : 0; pass < 2; ++pass) {
@@ -107,12 +124,9 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
       asm volatile("ld.global.b32 %0, [%1];" : "=r"(length) : "l"(p.cache_seqlens + part.sequence));
     if (ahead && paged) {
       part.first = way;
-      if (acts) next_pages = pages_from(part, 0, p.seqlen_k);
-      int const block = existing(__shfl_sync(0xffffffffu, next_pages, ring.box() % 32));
-      ring.load(row_in_page(first_tile * Config::tile_k), part.head, block, acts);
-    } else if (ahead) {
-      ring.load_first(first_tile * Config::tile_k, part.head, part.sequence, acts);
+      next_pages = pages_from(part, 0, acts ? p.seqlen_k : 0);
     }
+    if (ahead) ring.load_first(first, acts);
     if (!walks) {
       part.cached = clamp_to(length, 0, p.seqlen_k - p.new_tokens);
       part.keys = part.cached + p.new_tokens;
@@ -123,6 +137,13 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
       part.full_end = range.full_end;
       part.last = 1;
     }
+    if (acts && may_be_wrong) {
+      bool const other = lane < boxes && existing(next_pages) != existing(pages_before);
+      if (__any_sync(0xffffffffu, other)) {
+        ring.forget_first();
+        ring.load(first_boxes(next_pages));
+      }
+    }
     if (acts && lane == 0 && group == 0) {
 #pragma unroll
       for (int g = 0; g < (Config::tile.walks() ? groups : 1); ++g) shared.part(g, 0) = part;
@@ -132,10 +153,8 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
     }
   }
   __syncwarp();
-  if (group == 0) {
-    tell_part<Config>();
-    tell_producers<Config>();
-  }
+  if (group == 0 || may_be_wrong) tell_part<Config>();
+  if (group == 0) tell_producers<Config>();
 
   auto const let_next = [&] {
     if (a.prefetched > 0 && group == groups - 1) launch_dependents();
@@ -154,14 +173,14 @@ __device__ __forceinline__ void produce(TurnedArguments const& a, TurnedMemory<C
           pages = existing(next_pages);
           next_pages = pages_from(part, box + 32, part.keys);
         }
-        block = __shfl_sync(0xffffffffu, pages, (box + ring.box()) % 32);
+        block = __shfl_sync(0xffffffffu, pages, (box + lane) % 32);
         row = row_in_page(row);
       }
       // The next call's blocks may come when the last tile is about to be asked for: 32,768 keys 44.4 us in every
       // round. When it has been, 45 to 55, by where the blocks find room, it seems; when the last two are about to be,
       // 45.2.
       if (i + groups >= part.count && part.last) let_next();
-      if (i > group || !has_first) ring.load(row, part.head, block, true);
+      if (i > group || !has_first) ring.load(ring.tile(row, part.head, block));
     }
     if (part.last) break;
     if constexpr (Config::tile.walks()) {
