@@ -309,7 +309,7 @@ Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device
     slots = 2 * parts;
   }
   plan.blocks = parts * division.cluster;
-  if (plan.splits > 1) plan.workspace = slots * part_rows * (s.head_dim_v + 1) * 4;
+  if (plan.splits > 1) plan.workspace = slots * merge_slot_bytes(part_rows, s.head_dim_v);
   return plan;
 }
 

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a plan to an instance of the Hopper decode kernels, and the merge of the parts.
+// From a plan to an instance of the Hopper decode kernels.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
+#include <random>
 #include <string_view>
 
 #include "flashcore/error.h"
-#include "sm80/decode_merge.cuh"
 #include "sm90/decode_parts.cuh"
 #include "sm90/decode_tile.h"
 #include "sm90/decode_turned_tile.h"
@@ -47,44 +48,14 @@ bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
   return false;
 }
 
-// The parts of an item, by its own length or by the teams' shares.
-struct FindParts {
-  DecodeParts parts;
-
-  struct List {
-    int first, count, lines, of_first;
-    __device__ __forceinline__ int64_t slot_of(int i) const { return i == 0 ? of_first : first + i * lines; }
-  };
-  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
-    FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
-    int const lines = parts.lines.divisor;
-    if (parts.most_parts > 0) return {found.before + line, found.parts, lines, found.before + line};
-    int const team = found.before / found.line.share;
-    int const count = DecodeParts::piece(found.line, found.before, found.range.count(), team).parts;
-    return {DecodeParts::slot(team, 1) * lines + line, count, 2 * lines, DecodeParts::slot(team, 0) * lines + line};
-  }
-};
-
-// The same where every item has as many, in its order.
-struct FindEven {
-  int parts;
-
-  struct List {
-    int first, count;
-    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i; }
-  };
-  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int /*lane*/) const {
-    return {(sequence * p.heads_k * p.row_tiles + line) * parts, parts};
-  }
-};
-
-template <class Element>
-void merge(DecodeParams const& p, cudaStream_t stream) {
-  if (p.even > 0) {
-    sm80::launch_merge<Element>(p, FindEven{p.even}, true, stream);
-  } else {
-    sm80::launch_merge<Element>(p, FindParts{p.parts}, true, stream);
-  }
+// A launch's own number, by which the blocks that merge know what another one has left (decode_merge.cuh). The first is
+// drawn, so that no data is likely to look like it.
+unsigned long long launch_number() {
+  static std::atomic<uint64_t> next{[] {
+    std::random_device draw;
+    return uint64_t{draw()} << 32 | draw();
+  }()};
+  return next.fetch_add(1, std::memory_order_relaxed) << MergeArguments::count_bits;
 }
 
 }  // namespace
@@ -101,10 +72,18 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   // Where lengths change nothing, parts need no search: a single sequence is as long as itself, and one part is all of
   // it.
   p.even = most > 0 ? most == 1 : plan.even_parts;
+  if (plan.workspace > 0) {  // outputs, counts and log-sum-exps of all slots
+    int64_t const slots = plan.workspace / merge_slot_bytes(p.part_rows, p.head_dim);
+    p.part_out = static_cast<float*>(workspace);
+    p.merge.counts = reinterpret_cast<unsigned long long*>(p.part_out + slots * p.part_rows * p.head_dim);
+    p.part_lse = reinterpret_cast<float*>(p.merge.counts + slots);
+    p.merge.launch = launch_number();
+    p.merge.second = p.even > 0 ? 1 : p.parts.lines.divisor;
+    p.merge.stride = plan.teams > 0 ? 2 * p.merge.second : p.merge.second;
+  }
   auto const s = static_cast<cudaStream_t>(stream);
   bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
-  if (plan.workspace > 0) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
 }
 
 }  // namespace flashcore::sm90

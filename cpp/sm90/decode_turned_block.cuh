@@ -16,6 +16,7 @@ struct TurnedArguments {
   CUtensorMap k, v;  // boxes of box_rows keys, 64 columns or all
   sm80::DecodeParams p;
   DecodeParts parts;
+  MergeArguments merge;
   Divisor group, row_tiles, even;  // of p; parts of each item
   int log_box;                     // of box_rows: 64, or a page's where that is less
   int log_page;                    // of p.page_size
@@ -33,6 +34,7 @@ struct alignas(16) TurnedPart {
   int first, count, step;
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
+  int first_slot, parts;     // else the item's first part's, and how many there are
   int16_t ahead;             // groups whose first tile was asked for before the length was known
   int16_t last;              // whether it is the block's last
 };
@@ -57,7 +59,9 @@ __device__ __forceinline__ TurnedPart turned_part(TurnedArguments const& a) {
   set_rows<Config>(a, line, part);
   part.first = index << a.log_cluster | rank;
   part.step = a.even.divisor << a.log_cluster;
-  part.slot = a.even.divisor == 1 ? -1 : number;
+  part.parts = a.even.divisor;
+  part.slot = part.parts == 1 ? -1 : number;
+  part.first_slot = number - index;
   return part;
 }
 
@@ -117,10 +121,13 @@ struct TurnedMemory {
     return Config::tile.walks() ? parts[number % tile.kept_parts()]
                                 : reinterpret_cast<TurnedPart*>(received_all() + 2)[0];
   }
-  // The slot that a group's output lies in, (groups).
-  __device__ __forceinline__ int* output_slots() const {
-    return reinterpret_cast<int*>(reinterpret_cast<TurnedPart*>(received_all() + 2) + groups * tile.kept_parts());
+  // The block's divided items: the first that it had, and the last.
+  __device__ __forceinline__ DividedItem* items() const {
+    return reinterpret_cast<DividedItem*>(reinterpret_cast<TurnedPart*>(received_all() + 2) +
+                                          groups * tile.kept_parts());
   }
+  // The slot that a group's output lies in, (groups).
+  __device__ __forceinline__ int* output_slots() const { return reinterpret_cast<int*>(items() + 2); }
   // Where there are pages, a bit for each box of a slot's keys whose page does not exist.
   __device__ __forceinline__ uint32_t* absent(int group) const {
     return reinterpret_cast<uint32_t*>(output_slots() + 4) + group * most_stages;

@@ -30,9 +30,9 @@ struct TurnedDecodeTile {
   // Whether a block may have one part after the other; then each group keeps what its producer is ahead by.
   FLASHCORE_HD constexpr bool walks() const { return rows() <= 16; }
   FLASHCORE_HD constexpr int kept_parts() const { return walks() ? most_stages + 1 : 1; }
-  // Barriers, which boxes are absent, the block's parts, and where the groups' outputs lie.
+  // Barriers, which boxes are absent, the block's parts and its divided items, and where the groups' outputs lie.
   FLASHCORE_HD constexpr int control_bytes() const {
-    return groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + groups * kept_parts() * 64 + 16;
+    return groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + groups * kept_parts() * 64 + 2 * 16 + 16;
   }
   // Of this part and of the next one.
   FLASHCORE_HD constexpr int reference_bytes() const { return (walks() ? 2 : 1) * groups * rows() * 4; }
