@@ -275,7 +275,8 @@ def test_plan_on_hopper(device, monkeypatch, gpu, head_dim, rows):
             places = GPUS[gpu] * (2 if p.head_dim * p.tile_q <= 128 * 16 else 1)
             assert 0.9 * places <= p.blocks <= places and p.blocks % (2 * row_tiles) == 0
             slots = 2 * p.blocks
-        assert p.workspace == slots * min(tokens * group, p.tile_q) * (head_dim + 1) * 4
+        # Of the rows, outputs and log-sum-exp; and a word that counts an item's parts.
+        assert p.workspace == slots * (min(tokens * group, p.tile_q) * (head_dim + 1) * 4 + 8)
         stage = 2 * 64 * 128 * -(-p.head_dim // 64)
         assert p.shared_memory >= 2 * stage  # two tiles on their way
         assert decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size, backend="sm90") == p
@@ -387,7 +388,7 @@ def test_plan_of_sequences_that_may_differ(device):
         p = decode_plan("h100", 8, tokens, head_dim=head_dim, keys=8192)
         assert p.blocks == blocks and clusters(p) == 1, (tokens, head_dim)
         # Two slots a block.
-        assert p.workspace == 2 * p.blocks * min(4 * tokens, 32) * (head_dim + 1) * 4
+        assert p.workspace == 2 * p.blocks * (min(4 * tokens, 32) * (head_dim + 1) * 4 + 8)
         assert "in teams" in p.reason and "length alone" not in p.reason
     for heads_k, blocks in ((1, 264), (5, 260), (32, 256), (96, 768), (150, 750), (300, 300)):
         assert decode_plan("h100", 16, heads_q=heads_k, heads_k=heads_k, keys=8192).blocks == blocks, heads_k

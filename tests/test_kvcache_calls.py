@@ -426,6 +426,29 @@ def test_calls_one_after_another(arrays, decode_kernel):
         assert all(arrays.same_bits(a, b) for a, b in zip(result, alone[i % 3], strict=True)), i
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("lengths", [[9000], [3000, 70, 9000], [700, 4000, 0, 1, 9000, 64, 5000]], ids=len)
+def test_workspace_may_hold_anything(arrays, decode_kernel, lengths, batch_invariant):
+    """Parts of a sequence are counted in the workspace, which nobody clears, before a call or a graph's replay."""
+    gpu_only(arrays)
+    decoding = make(arrays, lengths, 2, (8, 2), 128, seed=len(lengths))
+    options = {"causal": True, "batch_invariant": batch_invariant}
+    shapes = [tuple(x.shape) for x in (decoding.query, decoding.key_cache, decoding.value_cache)]
+    plan = flashcore.plan(*shapes, cache_seqlens=(len(lengths),), dtype=arrays.half, device="cuda", **options)
+    assert plan.workspace > 0
+    expected = decoding.call(**options)
+    decoding.check(*expected, Options(causal=True))
+    graph = Captured(decoding, **options)
+    for low, high in ((-(2**63), 2**63 - 1), (0, 4), (-1, 0)) * 2:
+        # More memory than the call takes, all of which the allocator gives again.
+        left = [torch.randint(low, high, (plan.workspace // 8,), device="cuda") for _ in range(8)]
+        del left
+        results = [decoding.call(**options) for _ in range(3)]
+        graph.graph.replay()
+        for result in (*results, (graph.out, graph.lse)):
+            assert all(arrays.same_bits(a, b) for a, b in zip(result, expected, strict=True)), (low, high)
+
+
 def test_nothing_is_kept(arrays):
     decoding = make(arrays, [300, 20], 1, new=1, page_size=16)
     arguments = (decoding.query, decoding.key_cache, decoding.key)

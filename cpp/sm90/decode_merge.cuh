@@ -48,36 +48,46 @@ __device__ __forceinline__ void tell_item(Arguments const& a, DividedItem* items
   }
 }
 
-// The rows of an item from its parts' results, as many at once as there are threads. `acts`: as in finish().
+// The rows of an item from its parts' results. A thread has four columns of a row; where that leaves threads without
+// work and there are many parts, lanes side by side take these in turn and come together in a tree. `acts`: as in
+// finish().
 template <class Config, class Arguments, class Write>
 __device__ __forceinline__ void merge_item(Arguments const& a, DividedItem const& item, int rows, bool acts,
                                            Write const& write) {
-  constexpr int row_pieces = Config::head_dim / 4, at_once = 8;
+  // What a thread has on its way at once. (The turned kernel has no registers for more.)
+  constexpr int row_pieces = Config::head_dim / 4, at_once = Config::consumers == 256 && Config::rows > 8 ? 4 : 8;
   sm80::DecodeParams const& p = a.p;
-  int const count = acts ? item.parts : 0;
+  int const count = acts ? item.parts : 0, pieces = rows * row_pieces;
+  int log_lanes = 0;
 #pragma unroll 1
-  for (int i = threadIdx.x % Config::consumers; i < rows * row_pieces; i += Config::consumers) {
+  while (log_lanes < 4 && pieces << (log_lanes + 1) <= Config::consumers && at_once << log_lanes < count) ++log_lanes;
+  int const lanes = 1 << log_lanes, threads = pieces << log_lanes;
+#pragma unroll 1
+  for (int first = threadIdx.x / 32 * 32 % Config::consumers; first < threads; first += Config::consumers) {
+    int const i = (first + threadIdx.x % 32) >> log_lanes, lane = threadIdx.x & (lanes - 1);
     int const row = i / row_pieces, column = i % row_pieces * 4;
+    bool const exists = i < pieces;
     float top = minus_infinity(), total = 0.0f;
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+    auto const shrink = [&](float by) { total *= by, sum.x *= by, sum.y *= by, sum.z *= by, sum.w *= by; };
+    auto const take = [&](float y) { top = y > top || y != y ? y : top; };  // a NaN stays
 #pragma unroll 1
-    for (int base = 0; base == 0 || base < count; base += at_once) {
+    for (int base = lane; base == lane || base < count; base += at_once * lanes) {
       float lse[at_once];
       float4 x[at_once];
       float const before = top;
 #pragma unroll
       for (int j = 0; j < at_once; ++j) {
         lse[j] = minus_infinity(), x[j] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (base + j >= count) continue;
-        int64_t const at = int64_t{a.merge.slot_of(item.first_slot, base + j)} * p.part_rows + row;
+        int const number = base + j * lanes;
+        if (!exists || number >= count) continue;
+        int64_t const at = int64_t{a.merge.slot_of(item.first_slot, number)} * p.part_rows + row;
         lse[j] = __ldcg(p.part_lse + at);
         if (column < p.head_dim) x[j] = __ldcg(reinterpret_cast<float4 const*>(p.part_out + at * p.head_dim + column));
       }
 #pragma unroll
-      for (int j = 0; j < at_once; ++j) top = lse[j] > top || lse[j] != lse[j] ? lse[j] : top;  // a NaN stays
-      float const shrunk = part_weight(before, top);
-      total *= shrunk;
-      sum.x *= shrunk, sum.y *= shrunk, sum.z *= shrunk, sum.w *= shrunk;
+      for (int j = 0; j < at_once; ++j) take(lse[j]);
+      shrink(part_weight(before, top));
 #pragma unroll
       for (int j = 0; j < at_once; ++j) {
         float const weight = part_weight(lse[j], top);
@@ -85,9 +95,18 @@ __device__ __forceinline__ void merge_item(Arguments const& a, DividedItem const
         sum.x += weight * x[j].x, sum.y += weight * x[j].y, sum.z += weight * x[j].z, sum.w += weight * x[j].w;
       }
     }
-    float const inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
-    write(row, column, sum, merged_lse(top, total));
+#pragma unroll 1
+    for (int step = 1; step < lanes; step *= 2) {
+      auto const of_other = [step](float y) { return __shfl_xor_sync(0xffffffffu, y, step); };
+      float const before = top;
+      take(of_other(top));
+      shrink(part_weight(before, top));
+      total += of_other(total);
+      sum.x += of_other(sum.x), sum.y += of_other(sum.y), sum.z += of_other(sum.z), sum.w += of_other(sum.w);
+    }
+    float const lse = merged_lse(top, total);
+    shrink(total == 0.0f ? 0.0f : 1.0f / total);
+    if (exists && lane == 0) write(row, column, sum, lse);
   }
 }
 
