@@ -123,8 +123,5 @@ struct DecodeParts {
   static FLASHCORE_HD int slot(int team, int index) { return 2 * team + (index == 0 ? 1 : 0); }
 };
 
-// Of the workspace: a part's output in float32 and its log-sum-exp, and a word in which an item's parts are counted.
-inline int64_t merge_slot_bytes(int64_t rows, int64_t head_dim) { return rows * (head_dim + 1) * 4 + 8; }
-
 }  // namespace
 }  // namespace flashcore

@@ -131,6 +131,9 @@ Plan plan_sm80(const KvCacheProblem& problem, const DeviceProperties& device) {
 
 // --- Hopper ----------------------------------------------------------------------------------------------------------
 
+// Blocks of a multiprocessor share its memory with the merge's.
+constexpr int merge_shared_memory = 4096;
+
 bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& device) {
   Sizes const s = sizes(problem);
   Work const work(s, 16);
@@ -146,7 +149,7 @@ bool decodes_on_sm90(const KvCacheProblem& problem, const DeviceProperties& devi
 
 // Tiles of keys that a block may have on their way; with fewer than two each would wait for the one before.
 int stages_of(const DeviceProperties& device, const HopperDecodeTile& tile, int cluster_rows) {
-  int const bytes = device.shared_memory_per_unit / tile.blocks_a_unit() - 1024;
+  int const bytes = (device.shared_memory_per_unit - merge_shared_memory) / tile.blocks_a_unit() - 1024;
   return tile.stages_of(std::min(device.shared_memory_per_block, bytes), cluster_rows);
 }
 constexpr int least_stages = 2;
@@ -306,7 +309,7 @@ Plan plan_straight(const KvCacheProblem& problem, const DeviceProperties& device
     slots = 2 * parts;
   }
   plan.blocks = parts * division.cluster;
-  if (plan.splits > 1) plan.workspace = slots * merge_slot_bytes(part_rows, s.head_dim_v);
+  if (plan.splits > 1) plan.workspace = slots * part_rows * (s.head_dim_v + 1) * 4;
   return plan;
 }
 
@@ -324,12 +327,15 @@ std::optional<Plan> plan_turned(const KvCacheProblem& problem, const DevicePrope
   }
   if (!found || !(known || (straight.teams > 0 && found->walks()))) return std::nullopt;
   int const cluster_rows = straight.cluster > 1 ? static_cast<int>(rows) : 0;
-  int const bytes = device.shared_memory_per_unit / found->blocks_a_unit() - 1024;
+  int const merge = straight.workspace > 0 && straight.teams == 0 ? merge_shared_memory : 0;
+  int const bytes = (device.shared_memory_per_unit - merge) / found->blocks_a_unit() - 1024;
   Plan plan = straight;
   plan.kernel = "sm90_decode_turned";
   plan.tile_q = found->rows();
   plan.threads = found->threads();
   plan.shared_memory = found->shared_memory(found->stages_of(bytes), cluster_rows);
+  // Blocks that stay merge by themselves, and count their results.
+  if (plan.teams > 0 && plan.workspace > 0) plan.workspace += plan.blocks * 8;
   return plan;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a plan to an instance of the Hopper decode kernels.
+// From a plan to an instance of the Hopper decode kernels, and the merge of the parts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "flashcore/error.h"
+#include "sm80/decode_merge.cuh"
 #include "sm90/decode_parts.cuh"
 #include "sm90/decode_tile.h"
 #include "sm90/decode_turned_tile.h"
@@ -48,14 +49,57 @@ bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
   return false;
 }
 
-// A launch's own number, by which the blocks that merge know what another one has left (decode_merge.cuh). The first is
-// drawn, so that no data is likely to look like it.
+// The parts of an item, by its own length or by the teams' shares.
+struct FindParts {
+  DecodeParts parts;
+
+  struct List {
+    int first, count, lines, of_first;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return i == 0 ? of_first : first + i * lines; }
+  };
+  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int lane) const {
+    FoundSequence const found = find_sequence(p, parts, 0, sequence, lane);
+    int const lines = parts.lines.divisor;
+    if (parts.most_parts > 0) return {found.before + line, found.parts, lines, found.before + line};
+    int const team = found.before / found.line.share;
+    int const count = DecodeParts::piece(found.line, found.before, found.range.count(), team).parts;
+    return {DecodeParts::slot(team, 1) * lines + line, count, 2 * lines, DecodeParts::slot(team, 0) * lines + line};
+  }
+};
+
+// The same where every item has as many, in its order.
+struct FindEven {
+  int parts;
+
+  struct List {
+    int first, count;
+    __device__ __forceinline__ int64_t slot_of(int i) const { return first + i; }
+  };
+  __device__ __forceinline__ List operator()(sm80::DecodeParams const& p, int sequence, int line, int /*lane*/) const {
+    return {(sequence * p.heads_k * p.row_tiles + line) * parts, parts};
+  }
+};
+
+// Whether blocks merge what they have divided among themselves.
+bool merges_itself(Plan const& plan) { return is_turned(plan) && plan.teams > 0; }
+
+// A launch's own number, by which those blocks know what another one has left (decode_turned_merge.cuh). The first one
+// is drawn, so that data are not likely to look like it.
 unsigned long long launch_number() {
-  static std::atomic<uint64_t> next{[] {
+  static std::atomic<unsigned long long> next{[] {
     std::random_device draw;
-    return uint64_t{draw()} << 32 | draw();
+    return (uint64_t{draw()} << 32 | draw()) << launch_number_shift;
   }()};
-  return next.fetch_add(1, std::memory_order_relaxed) << MergeArguments::count_bits;
+  return next.fetch_add(1ULL << launch_number_shift, std::memory_order_relaxed);
+}
+
+template <class Element>
+void merge(DecodeParams const& p, cudaStream_t stream) {
+  if (p.even > 0) {
+    sm80::launch_merge<Element>(p, FindEven{p.even}, true, stream);
+  } else {
+    sm80::launch_merge<Element>(p, FindParts{p.parts}, true, stream);
+  }
 }
 
 }  // namespace
@@ -72,18 +116,16 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   // Where lengths change nothing, parts need no search: a single sequence is as long as itself, and one part is all of
   // it.
   p.even = most > 0 ? most == 1 : plan.even_parts;
-  if (plan.workspace > 0) {  // outputs, counts and log-sum-exps of all slots
-    int64_t const slots = plan.workspace / merge_slot_bytes(p.part_rows, p.head_dim);
-    p.part_out = static_cast<float*>(workspace);
-    p.merge.counts = reinterpret_cast<unsigned long long*>(p.part_out + slots * p.part_rows * p.head_dim);
-    p.part_lse = reinterpret_cast<float*>(p.merge.counts + slots);
-    p.merge.launch = launch_number();
-    p.merge.second = p.even > 0 ? 1 : p.parts.lines.divisor;
-    p.merge.stride = plan.teams > 0 ? 2 * p.merge.second : p.merge.second;
+  if (plan.workspace > 0 && merges_itself(plan)) {
+    int64_t const slots = 2 * plan.blocks;
+    p.part_lse = p.part_out + slots * p.part_rows * p.head_dim;
+    p.counts = reinterpret_cast<unsigned long long*>(p.part_lse + slots * p.part_rows);
+    p.launch = launch_number();
   }
   auto const s = static_cast<cudaStream_t>(stream);
   bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
+  if (plan.workspace > 0 && !merges_itself(plan)) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
 }
 
 }  // namespace flashcore::sm90

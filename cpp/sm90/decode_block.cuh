@@ -35,7 +35,6 @@ struct DecodeArguments {
   CUtensorMap k, v;  // boxes of box_rows keys, 64 columns or all
   sm80::DecodeParams p;
   DecodeParts parts;
-  MergeArguments merge;
   Divisor group, row_tiles;  // of p
   int log_box;               // of box_rows: 64, or a page's where that is less
   int log_page;              // of p.page_size
@@ -136,7 +135,6 @@ struct DecodePart {
   int first, end, step;
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
-  int first_slot, parts;     // else the item's first part's, and how many there are
   int share;                 // of the item's, which the block computes one after the other
   bool ahead;                // the first tile was asked for before the lengths were known
   bool last;                 // of the block
@@ -144,12 +142,6 @@ struct DecodePart {
   __device__ __forceinline__ int count() const { return first < end ? parts_of(end - first, step) : 0; }
 };
 static_assert(sizeof(DecodePart) <= 64);
-
-// An item that the block has one of several parts of.
-struct alignas(16) DividedItem {
-  int sequence, first_slot, parts;  // no parts: there is no such item
-  int merges;                       // whether this block merges them
-};
 
 // The shares that a block computes: of one slice of rows only, whose outputs fit a stage.
 template <class Config>
@@ -215,12 +207,10 @@ struct DecodeMemory {
     return *reinterpret_cast<DecodePart*>(reinterpret_cast<char*>(received_all() + 2) +
                                           number % HopperDecodeTile::kept_parts * 64);
   }
-  // The block's divided items: the first that it had, and the last.
-  __device__ __forceinline__ DividedItem* items() const {
-    return reinterpret_cast<DividedItem*>(reinterpret_cast<char*>(&part(0)) + HopperDecodeTile::kept_parts * 64);
-  }
   // Where there are pages, a bit for each box of a stage whose page does not exist.
-  __device__ __forceinline__ uint32_t* absent() const { return reinterpret_cast<uint32_t*>(items() + 2); }
+  __device__ __forceinline__ uint32_t* absent() const {
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&part(0)) + HopperDecodeTile::kept_parts * 64);
+  }
 
   __device__ __forceinline__ char* keys(int stage) const {
     return base + tile.head_bytes() + stage * Config::stage_bytes;

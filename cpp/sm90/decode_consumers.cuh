@@ -2,7 +2,7 @@
 // The warps of the Hopper decode kernel that multiply what has come, each 16 keys of every tile.
 #pragma once
 
-#include "sm90/decode_merge.cuh"
+#include "sm90/decode_block.cuh"
 
 namespace flashcore::sm90 {
 
@@ -159,7 +159,6 @@ __device__ __forceinline__ void consume(DecodeArguments const& a, DecodeMemory<C
   int const lane_v = in_tile + box.offset(lane % 16, lane / 16);
   work.start(from_q);
   int const count = part.count();
-  if (part.slot >= 0 && threadIdx.x == 0) open_count(a.merge, part.first_slot);
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     int const tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;

@@ -6,11 +6,10 @@
 
 #include "attention/combine.h"
 #include "sm90/decode_consumers.cuh"
-#include "sm90/decode_merge.cuh"
 
 namespace flashcore::sm90 {
 
-// A part's result, for a row of it: the output's, or one of those that are merged.
+// A part's result, for a row of it: the output's, or what the kernel behind this one merges.
 template <class Config>
 __device__ __forceinline__ void write(DecodeArguments const& a, DecodePart const& part, int row, int column, float4 x,
                                       bool acts) {
@@ -99,7 +98,6 @@ __device__ __forceinline__ bool finish(DecodeArguments const& a, DecodeMemory<Co
   bool const last = !acts || part.last;
   int const number = part.share << a.log_cluster | rank;  // among the part's shares
   uint32_t const received_all = shared_address(shared.received_all());
-  tell_item(a, shared.items(), part, last, acts);
 
   // The warps' results become one: each scales its own by its weight over the sum of all.
   int const key_warp = warp % Config::key_warps, first_row = warp / Config::key_warps % Config::slices * 16;
@@ -207,16 +205,6 @@ __device__ __forceinline__ bool finish(DecodeArguments const& a, DecodeMemory<Co
     }
   } else if (a.log_shares > 0) {
     merge_shares<Config>(a, shared, part, rank, acts);
-  }
-  if (last && a.merge.counts != nullptr) {
-    DecodePart item = part;
-    item.slot = -1;
-    merge_items<Config>(a, shared.items(), part.valid_rows, acts,
-                        [&](int sequence, int row, int column, float4 x, float lse) {
-                          item.sequence = sequence;
-                          if (column < a.p.head_dim) write<Config>(a, item, row, column, x, acts);
-                          if (column == 0) write_lse(a, item, row, lse, acts);
-                        });
   }
   return last;
 }

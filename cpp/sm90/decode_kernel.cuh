@@ -46,7 +46,6 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
     produce<Config>(a, shared, lane);
   } else {
     start_consumer<Config>(a, shared);
-    if (threadIdx.x == 0) shared.items()[0].parts = 0;
   }
   if (shared.part(0).sequence < 0) {
     if (a.log_cluster > 0) cluster_wait_acquire();
@@ -76,7 +75,6 @@ void run_decode(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
                                   cache(p.v),
                                   p,
                                   p.parts,
-                                  p.merge,
                                   Divisor::of(p.group),
                                   Divisor::of(p.row_tiles),
                                   log2_of_power(box_rows),

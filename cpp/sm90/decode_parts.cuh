@@ -8,25 +8,16 @@
 
 namespace flashcore::sm90 {
 
-// How blocks find the results of an item's parts, by slot, and the word in which they are counted, which is that of the
-// first part's slot (decode_merge.cuh).
-struct MergeArguments {
-  static constexpr int count_bits = 16;
-
-  unsigned long long* counts;  // (slots); null where nothing is merged
-  unsigned long long launch;   // the launch's own number, in the bits above those that count
-  int second, stride;          // slots from the first part's to the second's, and from each later one's to the next
-
-  __device__ __forceinline__ int slot_of(int first_slot, int i) const {
-    return i == 0 ? first_slot : first_slot + second + (i - 1) * stride;
-  }
-};
+// Blocks that merge what they have divided count their results in the bits below a launch's number.
+constexpr int launch_number_shift = 16;
 
 // The arguments of a plan's kernel, as far as decode_kernel.cuh does not make them.
 struct DecodeParams : sm80::DecodeParams {
   DecodeParts parts;
-  MergeArguments merge;
   int even;  // parts of each item, where the lengths do not matter; else 0
+  // Where the kernel merges what it has divided: decode_turned_block.cuh.
+  unsigned long long* counts;
+  unsigned long long launch;
 };
 
 // A sequence among the parts of all, or among the tiles of all.

@@ -67,7 +67,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
   part.ahead = false;
   // The blocks of all of an item's parts take its tiles in turn: what is read at the same time lies side by side.
   int const number = blockIdx.x >> a.log_cluster, rank = blockIdx.x - (number << a.log_cluster);
-  int parts, way, first_slot;
+  int parts, way;
   // A team's walk along its share of the line.
   int const team = a.parts.lines.quotient(number), line = number - team * a.parts.lines.divisor;
   DecodeParts::Line shares_of_line{1, 0};
@@ -78,9 +78,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
     part.first = range.begin + piece.first;
     part.end = range.begin + piece.end;
     part.step = piece.step;
-    part.parts = piece.parts;
     part.slot = piece.parts == 1 ? -1 : DecodeParts::slot(team, piece.index) * a.parts.lines.divisor + line;
-    part.first_slot = DecodeParts::slot(team - piece.index, 0) * a.parts.lines.divisor + line;
     line_at += shares_of_line.room(tiles);
     part.last = line_at >= line_end;
   };
@@ -105,7 +103,6 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       part = even_part<Config>(a, index);
       parts = a.even.divisor;
       way = index << a.log_shares | rank;
-      first_slot = number - index;
       // The length is asked for first: behind the keys it would wait for them.
       int length = p.seqlen_k;
       if (acts && p.cache_seqlens != nullptr)
@@ -139,7 +136,6 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       range = found.range;
       parts = found.parts;
       way = index << a.log_shares | rank;
-      first_slot = found.before + item_line;
       shares_of_line = found.line;
       line_at = found.before;
       line_end = min_of((team + 1) * found.line.share, found.total);
@@ -152,9 +148,7 @@ __device__ __forceinline__ void produce(DecodeArguments const& a, DecodeMemory<C
       part.step = parts << a.log_shares;
       part.first = range.begin + way;
       part.end = range.end;
-      part.parts = parts;
       part.slot = parts == 1 ? -1 : number;
-      part.first_slot = first_slot;
       part.last = shares == 1;
     }
     if (acts && lane == 0) {

@@ -28,8 +28,8 @@ struct HopperDecodeTile {
   FLASHCORE_HD constexpr int q_bytes() const { return rows() * head_dim * 2; }
   FLASHCORE_HD constexpr int state_bytes() const { return key_warps * rows() * 2 * 4; }
   static constexpr int kept_parts = most_stages + 1;
-  // Barriers, which boxes are absent, the block's parts and its divided items.
-  static constexpr int control_bytes = 2 * most_stages * 8 + 2 * 8 + most_stages * (8 + 4) + kept_parts * 64 + 2 * 16;
+  // Barriers, which boxes are absent, the block's parts.
+  static constexpr int control_bytes = 2 * most_stages * 8 + 2 * 8 + most_stages * (8 + 4) + kept_parts * 64;
   // All warps' outputs in float32, in a stage's place, or that of as many as there are slices.
   FLASHCORE_HD constexpr int merge_bytes() const { return key_warps * rows() * head_dim * 4; }
   // What a block gets from all of a cluster, each of which computes one share: its columns of `rows` rows, and all

@@ -16,7 +16,6 @@ struct TurnedArguments {
   CUtensorMap k, v;  // boxes of box_rows keys, 64 columns or all
   sm80::DecodeParams p;
   DecodeParts parts;
-  MergeArguments merge;
   Divisor group, row_tiles, even;  // of p; parts of each item
   int log_box;                     // of box_rows: 64, or a page's where that is less
   int log_page;                    // of p.page_size
@@ -24,6 +23,8 @@ struct TurnedArguments {
   int log_cluster;                 // of the blocks that share a part and merge it
   int prefetched;                  // tiles of a block that come to the L2 cache while the kernel ahead still runs
   bool walks;                      // blocks have one part after the other, which the lengths say
+  unsigned long long* counts;      // then of results of a divided item's parts, (teams, lines); null: none are divided
+  unsigned long long launch;       // its own number, in the bits above those that count (decode_turned_merge.cuh)
 };
 
 // The item that a block works on, and which of its tiles: first, first + step, ...
@@ -34,7 +35,7 @@ struct alignas(16) TurnedPart {
   int first, count, step;
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
-  int first_slot, parts;     // else the item's first part's, and how many there are
+  int first_team, parts;     // where blocks walk: the item's first part's team, and how many parts there are
   int16_t ahead;             // groups whose first tile was asked for before the length was known
   int16_t last;              // whether it is the block's last
 };
@@ -59,11 +60,14 @@ __device__ __forceinline__ TurnedPart turned_part(TurnedArguments const& a) {
   set_rows<Config>(a, line, part);
   part.first = index << a.log_cluster | rank;
   part.step = a.even.divisor << a.log_cluster;
-  part.parts = a.even.divisor;
-  part.slot = part.parts == 1 ? -1 : number;
-  part.first_slot = number - index;
+  part.slot = a.even.divisor == 1 ? -1 : number;
   return part;
 }
+
+// An item that the block has one of several parts of.
+struct alignas(16) DividedItem {
+  int sequence, first_team, parts;  // no parts: there is no such item
+};
 
 __device__ __forceinline__ RowPlace row_place(TurnedArguments const& a, TurnedPart const& part, int row) {
   int const token = a.group.quotient(part.first_row + row);

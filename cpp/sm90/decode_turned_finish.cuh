@@ -8,8 +8,7 @@
 #include <type_traits>
 
 #include "attention/combine.h"
-#include "sm90/decode_merge.cuh"
-#include "sm90/decode_turned_block.cuh"
+#include "sm90/decode_turned_merge.cuh"
 
 namespace flashcore::sm90 {
 
@@ -144,7 +143,9 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
   TurnedPart const& part = shared.part(warp / key_warps % groups, number);
   bool const last = !Config::tile.walks() || !acts || part.last;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-  tell_item(a, shared.items(), part, last, acts);
+  if constexpr (Config::tile.walks()) {
+    if (acts && threadIdx.x == 0 && a.counts != nullptr) tell_item(shared.items(), part, last);
+  }
 
   // Outputs, and sums of the warps' keys, as they are: each group's warps have read its slots and its weights.
   int const group = warp / key_warps % groups, key_warp = warp % key_warps;
@@ -238,16 +239,18 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
     }
   }
   if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
-  if (last && a.merge.counts != nullptr) {
-    TurnedPart item = part;
-    item.slot = -1;
-    merge_items<Config>(a, shared.items(), part.valid_rows, acts,
-                        [&](int sequence, int row, int column, float4 x, float lse) {
-                          item.sequence = sequence;
-                          void* const to = result_place<Config>(a, item, row, column);
-                          write<Config>(a, item, to, x, acts && column < a.p.head_dim);
-                          if (column == 0) write_lse(a, item, row, lse, acts);
-                        });
+  if constexpr (Config::tile.walks()) {
+    if (last && a.counts != nullptr) {
+      TurnedPart item = part;
+      item.slot = -1;
+      merge_items<Config>(a, shared.items(), part.valid_rows, acts,
+                          [&](int sequence, int row, int column, float4 x, float lse) {
+                            item.sequence = sequence;
+                            void* const to = result_place<Config>(a, item, row, column);
+                            write<Config>(a, item, to, x, acts && column < a.p.head_dim);
+                            if (column == 0) write_lse(a, item, row, lse, acts);
+                          });
+    }
   }
   return last;
 }

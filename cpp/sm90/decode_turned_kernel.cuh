@@ -79,7 +79,6 @@ void run_decode_turned(DecodeParams const& p, Plan const& plan, cudaStream_t str
                                   cache(p.v),
                                   p,
                                   p.parts,
-                                  p.merge,
                                   Divisor::of(p.group),
                                   Divisor::of(p.row_tiles),
                                   Divisor::of(p.even),
@@ -90,7 +89,9 @@ void run_decode_turned(DecodeParams const& p, Plan const& plan, cudaStream_t str
                                   walks        ? 1
                                   : prefetches ? most_prefetched
                                                : 0,
-                                  walks};
+                                  walks,
+                                  p.counts,
+                                  p.launch};
 
   launch_decode<decode_turned_kernel<Config>>(plan, Config::threads, arguments, stream,
                                               "preparing the sm90_decode_turned kernel",

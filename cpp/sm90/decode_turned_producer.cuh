@@ -46,7 +46,7 @@ struct TeamWalk {
     part.step = piece.step;
     part.parts = piece.parts;
     part.slot = piece.parts == 1 ? -1 : DecodeParts::slot(team, piece.index) * a.parts.lines.divisor + item_line;
-    part.first_slot = DecodeParts::slot(team - piece.index, 0) * a.parts.lines.divisor + item_line;
+    part.first_team = team - piece.index;
     at += line.room(range.count());
     part.last = at >= end;
   }
