@@ -327,15 +327,15 @@ std::optional<Plan> plan_turned(const KvCacheProblem& problem, const DevicePrope
   }
   if (!found || !(known || (straight.teams > 0 && found->walks()))) return std::nullopt;
   int const cluster_rows = straight.cluster > 1 ? static_cast<int>(rows) : 0;
-  int const merge = straight.workspace > 0 && straight.teams == 0 ? merge_shared_memory : 0;
+  int const merge = straight.workspace > 0 ? merge_shared_memory : 0;
   int const bytes = (device.shared_memory_per_unit - merge) / found->blocks_a_unit() - 1024;
   Plan plan = straight;
   plan.kernel = "sm90_decode_turned";
   plan.tile_q = found->rows();
   plan.threads = found->threads();
   plan.shared_memory = found->shared_memory(found->stages_of(bytes), cluster_rows);
-  // Blocks that stay merge by themselves, and count their results.
-  if (plan.teams > 0 && plan.workspace > 0) plan.workspace += plan.blocks * 8;
+  // Blocks that merge by themselves count their results.
+  if (found->merges() && plan.teams > 0 && plan.workspace > 0) plan.workspace += plan.blocks * 8;
   return plan;
 }
 

@@ -81,7 +81,9 @@ struct FindEven {
 };
 
 // Whether blocks merge what they have divided among themselves.
-bool merges_itself(Plan const& plan) { return is_turned(plan) && plan.teams > 0; }
+bool merges_itself(Plan const& plan) {
+  return is_turned(plan) && plan.teams > 0 && TurnedDecodeTile{plan.head_dim, plan.tile_q}.merges();
+}
 
 // A launch's own number, by which those blocks know what another one has left (decode_turned_merge.cuh). The first one
 // is drawn, so that data are not likely to look like it.
