@@ -67,12 +67,12 @@ __device__ __forceinline__ void load_if(bool exists, float const* from, float& x
                : "memory");
 }
 
-// The rows of an item from its parts' results, by `threads` threads. One has four columns of a row; where that leaves
-// others without work and there are many parts, lanes side by side take these in turn and come together in a tree.
-// write(row, column, x, lse) takes four columns. `acts`: as in finish().
+// The rows of an item from its parts' results. A thread has four columns of a row; where that leaves others without
+// work and there are many parts, lanes side by side take these in turn and come together in a tree. write(row, column,
+// x, lse) takes four columns. `acts`: as in finish().
 template <class Config, class Write>
 __device__ __forceinline__ void merge_item(TurnedArguments const& a, DividedItem const& item, int line, int rows,
-                                           int threads, bool acts, Write const& write) {
+                                           bool acts, Write const& write) {
   constexpr int row_pieces = Config::head_dim / 4;
   constexpr int at_once = 4;  // parts on their way to a thread; with eight all took longer
   sm80::DecodeParams const& p = a.p;
@@ -81,12 +81,12 @@ __device__ __forceinline__ void merge_item(TurnedArguments const& a, DividedItem
   int const first_team = acts ? item.first_team : 0, stride = 2 * lines * p.part_rows;
   int const first_part = (DecodeParts::slot(first_team, 0) * lines + line) * p.part_rows;
   int const second_part = (DecodeParts::slot(first_team + 1, 1) * lines + line) * p.part_rows;
-  int log_lanes = 0;  // the same however many threads there are: so are the result's bits
+  int log_lanes = 0;
 #pragma unroll 1
   while (log_lanes < 4 && pieces << (log_lanes + 1) <= Config::consumers && at_once << log_lanes < count) ++log_lanes;
   int const lanes = 1 << log_lanes;
 #pragma unroll 1
-  for (int first = threadIdx.x % threads / 32 * 32; first < pieces << log_lanes; first += threads) {
+  for (int first = threadIdx.x / 32 * 32 % Config::consumers; first < pieces << log_lanes; first += Config::consumers) {
     int const i = (first + threadIdx.x % 32) >> log_lanes, lane = threadIdx.x & (lanes - 1);
     int const row = i / row_pieces, column = i % row_pieces * 4;
     bool const exists = i < pieces, has_column = exists && column < p.head_dim;
@@ -148,7 +148,7 @@ template <class Config, class Write>
 __device__ __forceinline__ void merge_items(TurnedArguments const& a, DividedItem* items, int rows, bool acts,
                                             Write const& write) {
   int const line = blockIdx.x - a.parts.lines.quotient(blockIdx.x) * a.parts.lines.divisor;
-  bool first = false, second = false;
+  int votes = 0;
   if (acts) {
     consumers_sync(Config::consumers);  // the results are written, and what the items are
     bool last = false;
@@ -158,16 +158,15 @@ __device__ __forceinline__ void merge_items(TurnedArguments const& a, DividedIte
     }
     // One thread votes for the first item, two for the second.
     unsigned const lasts = __ballot_sync(0xffffffffu, last);
-    int const votes = count_consumers<Config>(threadIdx.x == 0 ? lasts & 1 : threadIdx.x < 3 && (lasts & 2) != 0);
-    if (votes == 0) return;
-    first = votes % 2 != 0, second = votes >= 2;
+    votes = count_consumers<Config>(threadIdx.x == 0 ? lasts & 1 : threadIdx.x < 3 && (lasts & 2) != 0);
   }
-  // Both are merged at once, each by half of the warps.
-  int const threads = first && second ? Config::consumers / 2 : Config::consumers;
-  DividedItem const& item = items[first && second ? threadIdx.x / threads : int{second}];
-  int const sequence = acts ? item.sequence : 0;
-  merge_item<Config>(a, item, line, rows, threads, acts,
-                     [&](int row, int column, float4 x, float lse) { write(sequence, row, column, x, lse); });
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    if (acts && (votes >> i & 1) == 0) continue;
+    int const sequence = acts ? items[i].sequence : 0;
+    merge_item<Config>(a, items[i], line, rows, acts,
+                       [&](int row, int column, float4 x, float lse) { write(sequence, row, column, x, lse); });
+  }
 }
 
 }  // namespace flashcore::sm90
