@@ -280,7 +280,7 @@ def test_plan_on_hopper(device, monkeypatch, gpu, head_dim, rows):
         assert p.shared_memory >= 2 * stage  # two tiles on their way
         assert decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size, backend="sm90") == p
 
-        # The kernel with turned products divides them alike. Its teams of few rows merge by themselves, and count.
+        # The kernel with turned products divides them alike.
         monkeypatch.setenv("FLASHCORE_SM90_DECODE", "turned")
         turned = decode_plan(gpu, batch, tokens, 2 * group, 2, head_dim, 8192, page_size)
         if (batch > 1 and p.tile_q > 16) or row_tiles > 1 or p.head_dim > 128:
@@ -288,8 +288,7 @@ def test_plan_on_hopper(device, monkeypatch, gpu, head_dim, rows):
             continue
         assert turned.kernel == "sm90_decode_turned" and turned.threads == 320
         assert turned.tile_q == next(n for n in (8, 16, 32) if n >= tokens * group)
-        counts = 8 * p.blocks if batch > 1 and turned.tile_q == 8 else 0
-        assert (turned.blocks, turned.splits, turned.workspace) == (p.blocks, p.splits, p.workspace + counts)
+        assert (turned.blocks, turned.splits, turned.workspace) == (p.blocks, p.splits, p.workspace)
         assert 2 * stage <= turned.shared_memory <= 228 * 1024 // 2 - 1024
 
 
@@ -387,13 +386,17 @@ def test_plan_of_sequences_that_may_differ(device):
     for tokens, head_dim, blocks in ((1, 128, 264), (8, 128, 128), (8, 64, 264), (1, 256, 128)):
         p = decode_plan("h100", 8, tokens, head_dim=head_dim, keys=8192)
         assert p.blocks == blocks and clusters(p) == 1, (tokens, head_dim)
-        # Two slots a block; and a count, where blocks merge by themselves.
-        counts = 8 * p.blocks if p.kernel == "sm90_decode_turned" else 0
-        assert p.workspace == 2 * p.blocks * min(4 * tokens, 32) * (head_dim + 1) * 4 + counts
+        # Two slots a block.
+        assert p.workspace == 2 * p.blocks * min(4 * tokens, 32) * (head_dim + 1) * 4
         assert "in teams" in p.reason and "length alone" not in p.reason
     for heads_k, blocks in ((1, 264), (5, 260), (32, 256), (96, 768), (150, 750), (300, 300)):
         assert decode_plan("h100", 16, heads_q=heads_k, heads_k=heads_k, keys=8192).blocks == blocks, heads_k
     assert decode_plan("h100", 500, heads_q=300, heads_k=300, keys=8192).workspace == 0  # one team has all
+    # With more sequences than teams, and few rows, blocks merge by themselves, and count: 8 bytes a block.
+    for batch, tokens, counts in ((33, 1, 0), (34, 1, 8), (64, 2, 8), (64, 3, 0), (64, 8, 0)):
+        p = decode_plan("h100", batch, tokens, keys=8192)
+        slot_bytes = min(4 * tokens, 32) * 129 * 4
+        assert p.workspace == p.blocks * (2 * slot_bytes + counts), (batch, tokens)
 
 
 @pytest.mark.parametrize("gpu", ["a100", "h100"])

@@ -81,8 +81,8 @@ struct FindEven {
 };
 
 // Whether blocks merge what they have divided among themselves.
-bool merges_itself(Plan const& plan) {
-  return is_turned(plan) && plan.teams > 0 && TurnedDecodeTile{plan.head_dim, plan.tile_q}.merges();
+bool merges_itself(Plan const& plan, int batch) {
+  return is_turned(plan) && TurnedDecodeTile{plan.head_dim, plan.tile_q}.merges(plan.teams, batch);
 }
 
 // A launch's own number, by which those blocks know what another one has left (decode_turned_merge.cuh). The first one
@@ -118,7 +118,8 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   // Where lengths change nothing, parts need no search: a single sequence is as long as itself, and one part is all of
   // it.
   p.even = most > 0 ? most == 1 : plan.even_parts;
-  if (plan.workspace > 0 && merges_itself(plan)) {
+  bool const by_itself = merges_itself(plan, p.batch);
+  if (plan.workspace > 0 && by_itself) {
     int64_t const slots = 2 * plan.blocks;
     p.part_lse = p.part_out + slots * p.part_rows * p.head_dim;
     p.counts = reinterpret_cast<unsigned long long*>(p.part_lse + slots * p.part_rows);
@@ -127,7 +128,7 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   auto const s = static_cast<cudaStream_t>(stream);
   bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
-  if (plan.workspace > 0 && !merges_itself(plan)) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
+  if (plan.workspace > 0 && !by_itself) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
 }
 
 }  // namespace flashcore::sm90

@@ -143,7 +143,7 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
   TurnedPart const& part = shared.part(warp / key_warps % groups, number);
   bool const last = !Config::tile.walks() || !acts || part.last;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-  if constexpr (Config::tile.merges()) {
+  if constexpr (Config::tile.may_merge()) {
     if (acts && threadIdx.x == 0 && a.counts != nullptr) tell_item(shared.items(), part, last);
   }
 
@@ -239,7 +239,7 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
     }
   }
   if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
-  if constexpr (Config::tile.merges()) {
+  if constexpr (Config::tile.may_merge()) {
     if (last && a.counts != nullptr) {
       TurnedPart item = part;
       item.slot = -1;

@@ -2,6 +2,8 @@
 // The shared memory of the Hopper decode kernel with turned products, as plan() and the kernel both count it.
 #pragma once
 
+#include <cstdint>
+
 #include "attention/portable.h"
 
 namespace flashcore {
@@ -29,9 +31,12 @@ struct TurnedDecodeTile {
   FLASHCORE_HD constexpr int weights_bytes() const { return rows() * 128; }
   // Whether a block may have one part after the other; then each group keeps what its producer is ahead by.
   FLASHCORE_HD constexpr bool walks() const { return rows() <= 16; }
-  // Whether such blocks merge what they have divided, or another kernel does: with 16 rows the last block of a sequence
-  // is too long alone (8 of random lengths, 4 tokens 51.6 us for 49.1).
-  FLASHCORE_HD constexpr bool merges() const { return rows() <= 8; }
+  // Whether such blocks may merge what they have divided; and whether they do, in teams for a batch, or another kernel:
+  // with fewer sequences than teams, or more rows, the last block of a sequence has too much to merge alone.
+  FLASHCORE_HD constexpr bool may_merge() const { return rows() <= 8; }
+  FLASHCORE_HD constexpr bool merges(int64_t teams, int64_t batch) const {
+    return may_merge() && 0 < teams && teams < batch;
+  }
   FLASHCORE_HD constexpr int kept_parts() const { return walks() ? most_stages + 1 : 1; }
   // Barriers, which boxes are absent, the block's parts and its divided items, and where the groups' outputs lie.
   FLASHCORE_HD constexpr int control_bytes() const {
