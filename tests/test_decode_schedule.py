@@ -392,6 +392,11 @@ def test_plan_of_sequences_that_may_differ(device):
     for heads_k, blocks in ((1, 264), (5, 260), (32, 256), (96, 768), (150, 750), (300, 300)):
         assert decode_plan("h100", 16, heads_q=heads_k, heads_k=heads_k, keys=8192).blocks == blocks, heads_k
     assert decode_plan("h100", 500, heads_q=300, heads_k=300, keys=8192).workspace == 0  # one team has all
+    # With more sequences than teams, and few rows, blocks merge by themselves, and count: 8 bytes a block.
+    for batch, tokens, counts in ((33, 1, 0), (34, 1, 8), (64, 2, 8), (64, 3, 0), (64, 8, 0)):
+        p = decode_plan("h100", batch, tokens, keys=8192)
+        slot_bytes = min(4 * tokens, 32) * 129 * 4
+        assert p.workspace == p.blocks * (2 * slot_bytes + counts), (batch, tokens)
 
 
 @pytest.mark.parametrize("gpu", ["a100", "h100"])

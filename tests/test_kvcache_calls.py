@@ -467,6 +467,50 @@ def test_calls_one_after_another(arrays, decode_kernel):
         assert all(arrays.same_bits(a, b) for a, b in zip(result, alone[i % 3], strict=True)), i
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 7, 40])
+def test_workspace_may_hold_anything(arrays, decode_kernel, count, batch_invariant):
+    """Parts of a sequence are counted in the workspace, which nobody clears, before a call or a graph's replay."""
+    gpu_only(arrays)
+    lengths, heads = [9000, 70, 3000, 0, 1, 64, 5000][:count], (8, 2)
+    if count > 7:  # more than there are teams of blocks for each of 8 key heads
+        lengths, heads = [71 * i * i % 1000 for i in range(count)], (16, 8)
+    decoding = make(arrays, lengths, 2, heads, 128, seed=count)
+    options = {"causal": True, "batch_invariant": batch_invariant}
+    shapes = [tuple(x.shape) for x in (decoding.query, decoding.key_cache, decoding.value_cache)]
+    plan = flashcore.plan(*shapes, cache_seqlens=(count,), dtype=arrays.half, device="cuda", **options)
+    assert plan.workspace > 0 or batch_invariant
+    expected = decoding.call(**options)
+    decoding.check(*expected, Options(causal=True))
+    graph = Captured(decoding, **options)
+    for low, high in ((-(2**63), 2**63 - 1), (0, 4), (-1, 0)) * 2:
+        # More memory than the call takes, all of which the allocator gives again.
+        left = [torch.randint(low, high, (plan.workspace // 8 + 1,), device="cuda") for _ in range(8)]
+        del left
+        results = [decoding.call(**options) for _ in range(3)]
+        graph.graph.replay()
+        for result in (*results, (graph.out, graph.lse)):
+            assert all(arrays.same_bits(a, b) for a, b in zip(result, expected, strict=True)), (low, high)
+
+
+def test_graphs_of_many_sequences(arrays, decode_kernel):
+    """Blocks that merge by themselves: two graphs side by side, and replayed with other lengths."""
+    gpu_only(arrays)
+    work = [make(arrays, [(71 + 8 * g) * i * i % 1500 for i in range(40)], 1, (16, 8), 128, seed=g) for g in range(2)]
+    alone = [w.call() for w in work]
+    graphs = [Captured(w) for w in work]
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(30):
+        for g, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                g.graph.replay()
+    torch.cuda.synchronize()
+    for g, expected in zip(graphs, alone, strict=True):
+        assert arrays.same_bits(g.out, expected[0]) and arrays.same_bits(g.lse, expected[1])
+    graphs[0].check_with((0.5, 0.0, 0.03, 1.0, 0.9), Options())
+
+
 def test_nothing_is_kept(arrays):
     decoding = make(arrays, [300, 20], 1, new=1, page_size=16)
     arguments = (decoding.query, decoding.key_cache, decoding.key)

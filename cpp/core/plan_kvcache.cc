@@ -333,6 +333,8 @@ std::optional<Plan> plan_turned(const KvCacheProblem& problem, const DevicePrope
   plan.tile_q = found->rows();
   plan.threads = found->threads();
   plan.shared_memory = found->shared_memory(found->stages_of(bytes), cluster_rows);
+  // Blocks that merge by themselves count their results.
+  if (found->merges(plan.teams, s.batch) && plan.workspace > 0) plan.workspace += plan.blocks * 8;
   return plan;
 }
 

@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
+#include <random>
 #include <string_view>
 
 #include "flashcore/error.h"
@@ -78,6 +80,21 @@ struct FindEven {
   }
 };
 
+// Whether blocks merge what they have divided among themselves.
+bool merges_itself(Plan const& plan, int batch) {
+  return is_turned(plan) && TurnedDecodeTile{plan.head_dim, plan.tile_q}.merges(plan.teams, batch);
+}
+
+// A launch's own number, by which those blocks know what another one has left (decode_turned_merge.cuh). The first one
+// is drawn, so that data are not likely to look like it.
+unsigned long long launch_number() {
+  static std::atomic<unsigned long long> next{[] {
+    std::random_device draw;
+    return (uint64_t{draw()} << 32 | draw()) << launch_number_shift;
+  }()};
+  return next.fetch_add(1ULL << launch_number_shift, std::memory_order_relaxed);
+}
+
 template <class Element>
 void merge(DecodeParams const& p, cudaStream_t stream) {
   if (p.even > 0) {
@@ -101,10 +118,17 @@ void decode(const KvCacheParams& params, DType dtype, const Plan& plan, void* wo
   // Where lengths change nothing, parts need no search: a single sequence is as long as itself, and one part is all of
   // it.
   p.even = most > 0 ? most == 1 : plan.even_parts;
+  bool const by_itself = merges_itself(plan, p.batch);
+  if (plan.workspace > 0 && by_itself) {
+    int64_t const slots = 2 * plan.blocks;
+    p.part_lse = p.part_out + slots * p.part_rows * p.head_dim;
+    p.counts = reinterpret_cast<unsigned long long*>(p.part_lse + slots * p.part_rows);
+    p.launch = launch_number();
+  }
   auto const s = static_cast<cudaStream_t>(stream);
   bool const found = dtype == float16 ? run<__half>(p, plan, s) : run<__nv_bfloat16>(p, plan, s);
   if (!found) throw RuntimeError("the plan names no decode kernel of this build; plan() makes plans that do");
-  if (plan.workspace > 0) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
+  if (plan.workspace > 0 && !by_itself) dtype == float16 ? merge<__half>(p, s) : merge<__nv_bfloat16>(p, s);
 }
 
 }  // namespace flashcore::sm90

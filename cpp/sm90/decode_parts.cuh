@@ -8,10 +8,16 @@
 
 namespace flashcore::sm90 {
 
+// Blocks that merge what they have divided count their results in the bits below a launch's number.
+constexpr int launch_number_shift = 16;
+
 // The arguments of a plan's kernel, as far as decode_kernel.cuh does not make them.
 struct DecodeParams : sm80::DecodeParams {
   DecodeParts parts;
   int even;  // parts of each item, where the lengths do not matter; else 0
+  // Where the kernel merges what it has divided: decode_turned_block.cuh.
+  unsigned long long* counts;
+  unsigned long long launch;
 };
 
 // A sequence among the parts of all, or among the tiles of all.

@@ -21,6 +21,8 @@ struct TurnedArguments {
   int log_cluster;                 // of the blocks that share a part and merge it
   int prefetched;                  // tiles of a block that come to the L2 cache while the kernel ahead still runs
   bool walks;                      // blocks have one part after the other, which the lengths say
+  unsigned long long* counts;      // then of results of a divided item's parts, (teams, lines); null: none are divided
+  unsigned long long launch;       // its own number, in the bits above those that count (decode_turned_merge.cuh)
 };
 
 // The item that a block works on, and which of its tiles: first, first + step, ...
@@ -31,6 +33,7 @@ struct alignas(16) TurnedPart {
   int first, count, step;
   int full_begin, full_end;  // tiles that all queries see whole
   int slot;                  // of the result; -1: the output itself
+  int first_team, parts;     // where blocks walk: the item's first part's team, and how many parts there are
   int16_t ahead;             // groups whose first tile was asked for before the length was known
   int16_t last;              // whether it is the block's last
 };
@@ -58,6 +61,11 @@ __device__ __forceinline__ TurnedPart turned_part(TurnedArguments const& a) {
   part.slot = a.even.divisor == 1 ? -1 : number;
   return part;
 }
+
+// An item that the block has one of several parts of.
+struct alignas(16) DividedItem {
+  int sequence, first_team, parts;  // no parts: there is no such item
+};
 
 __device__ __forceinline__ RowPlace row_place(TurnedArguments const& a, TurnedPart const& part, int row) {
   int const token = a.group.quotient(part.first_row + row);
@@ -116,10 +124,13 @@ struct TurnedMemory {
     return Config::tile.walks() ? parts[number % tile.kept_parts()]
                                 : reinterpret_cast<TurnedPart*>(received_all() + 2)[0];
   }
-  // The slot that a group's output lies in, (groups).
-  __device__ __forceinline__ int* output_slots() const {
-    return reinterpret_cast<int*>(reinterpret_cast<TurnedPart*>(received_all() + 2) + groups * tile.kept_parts());
+  // The block's divided items: the first that it had, and the last.
+  __device__ __forceinline__ DividedItem* items() const {
+    return reinterpret_cast<DividedItem*>(reinterpret_cast<TurnedPart*>(received_all() + 2) +
+                                          groups * tile.kept_parts());
   }
+  // The slot that a group's output lies in, (groups).
+  __device__ __forceinline__ int* output_slots() const { return reinterpret_cast<int*>(items() + 2); }
   // Where there are pages, a bit for each box of a slot's keys whose page does not exist.
   __device__ __forceinline__ uint32_t* absent(int group) const {
     return reinterpret_cast<uint32_t*>(output_slots() + 4) + group * most_stages;

@@ -2,7 +2,7 @@
 // The warps of sm90_decode_turned that multiply what has come: a group of four each 16 keys of every other tile.
 #pragma once
 
-#include "sm90/decode_turned_block.cuh"
+#include "sm90/decode_turned_merge.cuh"
 
 namespace flashcore::sm90 {
 
@@ -247,6 +247,11 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
     for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
   };
   work.clear();
+  if constexpr (Config::tile.may_merge()) {
+    if (a.counts != nullptr && part.slot >= 0 && threadIdx.x == 0) {
+      open_count(a, part.first_team, blockIdx.x - a.parts.lines.quotient(blockIdx.x) * a.parts.lines.divisor);
+    }
+  }
 #pragma unroll 1
   for (int i = group; i < count; i += Config::groups) {
     int const turn = i / Config::groups, tile = part.first + i * part.step, first = tile * Config::tile_k + tile_key;

@@ -8,11 +8,11 @@
 #include <type_traits>
 
 #include "attention/combine.h"
-#include "sm90/decode_turned_block.cuh"
+#include "sm90/decode_turned_merge.cuh"
 
 namespace flashcore::sm90 {
 
-// Where a part's result goes, for a row of it: to the output, or to what the kernel behind this one merges.
+// Where a part's result goes, for a row of it: to the output, or to those that are merged.
 template <class Config>
 __device__ __forceinline__ void* result_place(TurnedArguments const& a, TurnedPart const& part, int row, int column) {
   sm80::DecodeParams const& p = a.p;
@@ -143,6 +143,9 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
   TurnedPart const& part = shared.part(warp / key_warps % groups, number);
   bool const last = !Config::tile.walks() || !acts || part.last;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
+  if constexpr (Config::tile.may_merge()) {
+    if (acts && threadIdx.x == 0 && a.counts != nullptr) tell_item(shared.items(), part, last);
+  }
 
   // Outputs, and sums of the warps' keys, as they are: each group's warps have read its slots and its weights.
   int const group = warp / key_warps % groups, key_warp = warp % key_warps;
@@ -236,6 +239,19 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
     }
   }
   if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
+  if constexpr (Config::tile.may_merge()) {
+    if (last && a.counts != nullptr) {
+      TurnedPart item = part;
+      item.slot = -1;
+      merge_items<Config>(a, shared.items(), part.valid_rows, acts,
+                          [&](int sequence, int row, int column, float4 x, float lse) {
+                            item.sequence = sequence;
+                            void* const to = result_place<Config>(a, item, row, column);
+                            write<Config>(a, item, to, x, acts && column < a.p.head_dim);
+                            if (column == 0) write_lse(a, item, row, lse, acts);
+                          });
+    }
+  }
   return last;
 }
 

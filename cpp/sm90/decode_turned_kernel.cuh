@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   } else {
     bool const exists = bring_queries<Config>(a, shared);
     if (Config::tile.walks() && !exists) return;
+    if (Config::tile.may_merge() && threadIdx.x == 0) shared.items()[0].parts = 0;
     if (threadIdx.x < Config::groups * Config::rows) shared.references(0)[threadIdx.x] = 0.0f;
     cutlass::arch::fence_view_async_shared();
     consumers_sync(Config::consumers);  // the queries are here, for the products, too
@@ -89,7 +90,9 @@ void run_decode_turned(DecodeParams const& p, Plan const& plan, cudaStream_t str
                                   walks        ? 1
                                   : prefetches ? most_prefetched
                                                : 0,
-                                  walks};
+                                  walks,
+                                  p.counts,
+                                  p.launch};
 
   launch_decode<decode_turned_kernel<Config>>(plan, Config::threads, arguments, stream,
                                               "preparing the sm90_decode_turned kernel",

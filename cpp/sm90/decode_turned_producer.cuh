@@ -44,7 +44,9 @@ struct TeamWalk {
     part.first = range.begin + piece.first;
     part.count = piece.first < piece.end ? parts_of(piece.end - piece.first, piece.step) : 0;
     part.step = piece.step;
+    part.parts = piece.parts;
     part.slot = piece.parts == 1 ? -1 : DecodeParts::slot(team, piece.index) * a.parts.lines.divisor + item_line;
+    part.first_team = team - piece.index;
     at += line.room(range.count());
     part.last = at >= end;
   }

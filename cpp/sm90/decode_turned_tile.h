@@ -2,6 +2,8 @@
 // The shared memory of the Hopper decode kernel with turned products, as plan() and the kernel both count it.
 #pragma once
 
+#include <cstdint>
+
 #include "attention/portable.h"
 
 namespace flashcore {
@@ -29,10 +31,16 @@ struct TurnedDecodeTile {
   FLASHCORE_HD constexpr int weights_bytes() const { return rows() * 128; }
   // Whether a block may have one part after the other; then each group keeps what its producer is ahead by.
   FLASHCORE_HD constexpr bool walks() const { return rows() <= 16; }
+  // Whether such blocks may merge what they have divided; and whether they do, in teams for a batch, or another kernel:
+  // with fewer sequences than teams, or more rows, the last block of a sequence has too much to merge alone.
+  FLASHCORE_HD constexpr bool may_merge() const { return rows() <= 8; }
+  FLASHCORE_HD constexpr bool merges(int64_t teams, int64_t batch) const {
+    return may_merge() && 0 < teams && teams < batch;
+  }
   FLASHCORE_HD constexpr int kept_parts() const { return walks() ? most_stages + 1 : 1; }
-  // Barriers, which boxes are absent, the block's parts, and where the groups' outputs lie.
+  // Barriers, which boxes are absent, the block's parts and its divided items, and where the groups' outputs lie.
   FLASHCORE_HD constexpr int control_bytes() const {
-    return groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + groups * kept_parts() * 64 + 16;
+    return groups * most_stages * (2 * 8 + 4) + (groups + 2) * 8 + groups * kept_parts() * 64 + 2 * 16 + 16;
   }
   // Of this part and of the next one.
   FLASHCORE_HD constexpr int reference_bytes() const { return (walks() ? 2 : 1) * groups * rows() * 4; }
