@@ -21,7 +21,7 @@ template <class Element, int head_dim, int slices>
 struct DecodeConfig;
 template <class Config>
 void run_decode(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
-template <class Element, int head_dim, int rows>
+template <class Element, int head_dim, int rows, bool merges>
 struct TurnedConfig;
 template <class Config>
 void run_decode_turned(DecodeParams const& params, Plan const& plan, cudaStream_t stream);
@@ -32,10 +32,10 @@ bool is_turned(Plan const& plan) { return std::string_view(plan.kernel) == "sm90
 
 template <class Element>
 bool run(DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
-#define FLASHCORE_SM90_DECODE_TURNED(D, rows)                                \
-  if (is_turned(plan) && plan.head_dim == D && plan.tile_q == rows) {        \
-    run_decode_turned<TurnedConfig<Element, D, rows>>(params, plan, stream); \
-    return true;                                                             \
+#define FLASHCORE_SM90_DECODE_TURNED(D, rows)                                       \
+  if (is_turned(plan) && plan.head_dim == D && plan.tile_q == rows) {               \
+    run_decode_turned<TurnedConfig<Element, D, rows, false>>(params, plan, stream); \
+    return true;                                                                    \
   }
 #include "sm90/decode_turned_tiles.inc"
 #undef FLASHCORE_SM90_DECODE_TURNED

@@ -247,8 +247,8 @@ __device__ __forceinline__ void consume(TurnedArguments const& a, TurnedMemory<C
     for (int m = 0; m < Config::panels; ++m) hold(work.o[m]);
   };
   work.clear();
-  if constexpr (Config::tile.may_merge()) {
-    if (a.counts != nullptr && part.slot >= 0 && threadIdx.x == 0) {
+  if constexpr (Config::merges) {
+    if (part.slot >= 0 && threadIdx.x == 0) {
       open_count(a, part.first_team, blockIdx.x - a.parts.lines.quotient(blockIdx.x) * a.parts.lines.divisor);
     }
   }

@@ -143,8 +143,8 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
   TurnedPart const& part = shared.part(warp / key_warps % groups, number);
   bool const last = !Config::tile.walks() || !acts || part.last;
   auto const read = [acts](auto const* from) { return acts ? *from : std::remove_cvref_t<decltype(*from)>{}; };
-  if constexpr (Config::tile.may_merge()) {
-    if (acts && threadIdx.x == 0 && a.counts != nullptr) tell_item(shared.items(), part, last);
+  if constexpr (Config::merges) {
+    if (acts && threadIdx.x == 0) tell_item(shared.items(), part, last);
   }
 
   // Outputs, and sums of the warps' keys, as they are: each group's warps have read its slots and its weights.
@@ -239,8 +239,8 @@ __device__ __forceinline__ bool finish(TurnedArguments const& a, TurnedMemory<Co
     }
   }
   if (a.log_cluster > 0) merge_cluster<Config>(a, shared, acts);
-  if constexpr (Config::tile.may_merge()) {
-    if (last && a.counts != nullptr) {
+  if constexpr (Config::merges) {
+    if (last) {
       TurnedPart item = part;
       item.slot = -1;
       merge_items<Config>(a, shared.items(), part.valid_rows, acts,

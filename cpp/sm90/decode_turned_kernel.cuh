@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
   } else {
     bool const exists = bring_queries<Config>(a, shared);
     if (Config::tile.walks() && !exists) return;
-    if (Config::tile.may_merge() && threadIdx.x == 0) shared.items()[0].parts = 0;
+    if (Config::merges && threadIdx.x == 0) shared.items()[0].parts = 0;
     if (threadIdx.x < Config::groups * Config::rows) shared.references(0)[threadIdx.x] = 0.0f;
     cutlass::arch::fence_view_async_shared();
     consumers_sync(Config::consumers);  // the queries are here, for the products, too
@@ -62,6 +62,9 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks_a_unit)
 
 template <class Config>
 void run_decode_turned(DecodeParams const& p, Plan const& plan, cudaStream_t stream) {
+  if constexpr (Config::tile.may_merge() && !Config::merges) {
+    if (p.counts != nullptr) return run_decode_turned<typename Config::Merging>(p, plan, stream);
+  }
   bool const paged = p.page_table != nullptr;
   int const box_rows = paged ? min_of(Config::tile_k, p.page_size) : Config::tile_k;
   // One box brings all columns of its keys, if these are a whole tile's.
