@@ -4,7 +4,8 @@
 #include <cuda_fp16.h>
 
 #include <atomic>
-#include <random>
+#include <chrono>
+#include <cstdint>
 #include <string_view>
 
 #include "flashcore/error.h"
@@ -86,11 +87,14 @@ bool merges_itself(Plan const& plan, int batch) {
 }
 
 // A launch's own number, by which those blocks know what another one has left (decode_turned_merge.cuh). The first one
-// is drawn, so that data are not likely to look like it.
+// is made of the time and of where this process lies, so that data are not likely to look like it. (Not by
+// std::random_device, for which the library would need glibc 2.36.)
 unsigned long long launch_number() {
   static std::atomic<unsigned long long> next{[] {
-    std::random_device draw;
-    return (uint64_t{draw()} << 32 | draw()) << launch_number_shift;
+    static char const here = 0;
+    auto const now = std::chrono::system_clock::now().time_since_epoch().count();
+    uint64_t const seed = static_cast<uint64_t>(now) ^ reinterpret_cast<uintptr_t>(&here);
+    return (seed * 0x9e3779b97f4a7c15u) >> launch_number_shift << launch_number_shift;  // the product's upper bits
   }()};
   return next.fetch_add(1ULL << launch_number_shift, std::memory_order_relaxed);
 }
