@@ -440,21 +440,26 @@ def test_page_table_written_by_the_call_ahead(arrays, decode_kernel, page_size, 
         assert arrays.same_bits(result, expected[i % 2]), i
 
 
-def test_two_graphs_side_by_side(arrays, decode_kernel):
-    """Replayed at once on two streams, each with a workspace of its own."""
-    gpu_only(arrays)
-    work = list(decodings(arrays, 2))
-    alone = [w.call(causal=True) for w in work]
-    graphs = [Captured(w, causal=True) for w in work]
+def replay_side_by_side(arrays, graphs, alone, times):
+    """Replays each graph on a stream of its own, all at once: each has the bits that its call has alone."""
     streams = [torch.cuda.Stream() for _ in graphs]
     torch.cuda.synchronize()
-    for _ in range(20):
+    for _ in range(times):
         for g, stream in zip(graphs, streams, strict=True):
             with torch.cuda.stream(stream):
                 g.graph.replay()
     torch.cuda.synchronize()
     for g, expected in zip(graphs, alone, strict=True):
         assert arrays.same_bits(g.out, expected[0]) and arrays.same_bits(g.lse, expected[1])
+
+
+def test_two_graphs_side_by_side(arrays, decode_kernel):
+    """Replayed at once on two streams, each with a workspace of its own."""
+    gpu_only(arrays)
+    work = list(decodings(arrays, 2))
+    alone = [w.call(causal=True) for w in work]
+    graphs = [Captured(w, causal=True) for w in work]
+    replay_side_by_side(arrays, graphs, alone, 20)
 
 
 def test_calls_one_after_another(arrays, decode_kernel):
@@ -499,15 +504,7 @@ def test_graphs_of_many_sequences(arrays, decode_kernel):
     work = [make(arrays, [(71 + 8 * g) * i * i % 1500 for i in range(40)], 1, (16, 8), 128, seed=g) for g in range(2)]
     alone = [w.call() for w in work]
     graphs = [Captured(w) for w in work]
-    streams = [torch.cuda.Stream() for _ in graphs]
-    torch.cuda.synchronize()
-    for _ in range(30):
-        for g, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                g.graph.replay()
-    torch.cuda.synchronize()
-    for g, expected in zip(graphs, alone, strict=True):
-        assert arrays.same_bits(g.out, expected[0]) and arrays.same_bits(g.lse, expected[1])
+    replay_side_by_side(arrays, graphs, alone, 30)
     graphs[0].check_with((0.5, 0.0, 0.03, 1.0, 0.9), Options())
 
 
