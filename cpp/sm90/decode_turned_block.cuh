@@ -229,9 +229,9 @@ struct TurnedRing {
     __syncwarp();
     if (elected()) {
       for (int i = 0; i < 2; ++i) {
-        DecodeBarrier& full = shared.full(group)[i];
-        asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
-        full.init(1);
+        DecodeBarrier* const full = shared.full(group) + i;
+        DecodeBarrier::invalidate(reinterpret_cast<DecodeBarrier::ValueType const*>(full));
+        full->init(1);
       }
     }
     cutlass::arch::fence_barrier_init();
