@@ -94,6 +94,8 @@ enum Unfit : unsigned { infinite = 1, out_of_range = 2 };
 
 struct SeenUnfit {
   unsigned unfit = 0;
+
+  FLASHCORE_HD SeenUnfit& of(int /*step*/) { return *this; }
 };
 
 // The largest magnitude among bfloat16, which NaN and infinity pass.
@@ -103,6 +105,7 @@ struct Largest {
   FLASHCORE_HD void see(__m512i bits) {
     magnitude = _mm512_max_epu16(magnitude, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
   }
+  FLASHCORE_HD Largest& of(int /*step*/) { return *this; }
   bool none_but_zeros() const { return _mm512_test_epi16_mask(magnitude, magnitude) == 0; }
   // Whether one of them is 2^exponent or more.
   FLASHCORE_HD bool reaches(int exponent) const {
@@ -110,8 +113,41 @@ struct Largest {
   }
 };
 
+// The largest magnitudes of float16 in each of 32 columns of a step.
+struct LargestOfColumns {
+  Largest of_step[largest_row / tile_depth];
+
+  FLASHCORE_HD Largest& of(int step) { return of_step[step]; }
+  bool infinite_or_nan() const {
+    Largest all;
+    for (const Largest& step : of_step) all.see(step.magnitude);
+    return _mm512_cmpge_epu16_mask(all.magnitude, _mm512_set1_epi16(0x7c00)) != 0;
+  }
+  // Over all columns.
+  float largest() const {
+    __m512 all = _mm512_setzero_ps();
+    for_each([&](__m512 of_columns) { all = _mm512_max_ps(all, of_columns); });
+    return _mm512_reduce_max_ps(all);
+  }
+  float sum() const {
+    __m512 all = _mm512_setzero_ps();
+    for_each([&](__m512 of_columns) { all = _mm512_add_ps(all, of_columns); });
+    return _mm512_reduce_add_ps(all);
+  }
+
+ private:
+  template <typename F>
+  void for_each(F f) const {
+    for (const Largest& step : of_step) {
+      f(_mm512_cvtph_ps(_mm512_castsi512_si256(step.magnitude)));
+      f(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(step.magnitude, 1)));
+    }
+  }
+};
+
 // How elements are parts of bfloat16: split() 32 elements, those of the mask (the others are zeros), to a vector for
-// each part, and `seen` takes in what is unfit among them; split_weights() those of a panel; join() makes elements of
+// each part, the i-th element and the 16 + i-th side by side where there are two or three, and `seen` takes in what is
+// unfit among them; split_weights() those of a panel; join() makes elements of
 // results. Where `fixed_point`, weights are mostly made by FixedPoint.
 template <typename T>
 struct Parts;
@@ -137,28 +173,18 @@ FLASHCORE_HD __m512 upper_half(__m512 x) {
 // What the upper half leaves, exactly.
 FLASHCORE_HD __m512 rest_of(__m512 x) { return _mm512_sub_ps(x, upper_half(x)); }
 
-// Two vectors of numbers that are bfloat16, one after the other or, which is faster, side by side.
-enum class Order { kept, any };
-template <Order order>
-FLASHCORE_HD __m512i both_of(__m512 low, __m512 high) {
-  return order == Order::any ? upper_halves(low, high) : (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
 FLASHCORE_HD __mmask32 mask_of(int present) {
   return present >= 32 ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
 }
 
-// 2^x as a polynomial of f, x = n + f with n the nearest integer. Nothing is limited: infinities make NaN.
+// 2^x as a polynomial of f, x = n + f with n the largest integer up to x, which is what both instructions take: so f and
+// the product with 2^n are one each. Nothing is limited.
 template <int count, int n>
 FLASHCORE_HD void exp2_in_range(const float (&terms)[count], Vec (&x)[n]) {
-  const Vec shifter = splat(12582912.0f);
-  Vec whole[n], f[n], p[n];
+  constexpr int to_floor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  Vec f[n], p[n];
 #pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) whole[i] = x[i] + shifter;
-#pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) whole[i] = whole[i] - shifter;
-#pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) f[i] = x[i] - whole[i];
+  for (int i = 0; i < n; ++i) f[i] = (Vec)_mm512_reduce_ps((__m512)x[i], to_floor);
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) p[i] = splat(terms[count - 1]) * f[i] + splat(terms[count - 2]);
 #pragma GCC unroll 8
@@ -167,7 +193,7 @@ FLASHCORE_HD void exp2_in_range(const float (&terms)[count], Vec (&x)[n]) {
     for (int i = 0; i < n; ++i) p[i] = p[i] * f[i] + splat(terms[k]);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) x[i] = (Vec)_mm512_scalef_ps((__m512)p[i], (__m512)whole[i]);
+  for (int i = 0; i < n; ++i) x[i] = (Vec)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);
 }
 
 // Results of operations that would be subnormal are 0 while this lives: processors take long over them.
@@ -182,25 +208,23 @@ class FlushedSubnormals {
   unsigned saved_;
 };
 
-// 32 columns of an output row, of each eight the lower four in `first` and the upper four in `second`, in their order.
+// 32 columns of an output row in their order, where those of values were split() with i and 16 + i side by side and lie
+// in tiles as pack_tile_values() has them.
 FLASHCORE_HD void in_order(__m512 first, __m512 second, __m512 (&to)[2]) {
-  __m512i const low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  __m512i const high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  to[0] = _mm512_permutex2var_ps(first, low, second);
-  to[1] = _mm512_permutex2var_ps(first, high, second);
+  to[0] = _mm512_shuffle_ps(first, second, _MM_SHUFFLE(2, 0, 2, 0));
+  to[1] = _mm512_shuffle_ps(first, second, _MM_SHUFFLE(3, 1, 3, 1));
 }
 
 // Bfloat16 as it is.
 template <>
 struct Parts<BFloat> {
   static constexpr int count = 1;
-  static constexpr float exp2_terms[] = {0.99992806f, 0.69326097f, 0.24261113f, 0.05517167f};  // to 7.5e-5
+  static constexpr float exp2_terms[] = {0.99992522f, 0.69583354f, 0.22606716f, 0.07802453f};  // to 7.5e-5
   static constexpr bool fixed_point = true, exact_at_reference = false;
   static constexpr Term scores[] = {{0, 0}};
   static constexpr Term outputs[] = {{0, 0}};
   using Seen = Largest;
 
-  template <Order>
   FLASHCORE_HD static void split(const BFloat* from, __mmask32 present, __m512i (&to)[count], Seen& seen) {
     to[0] = _mm512_maskz_loadu_epi16(present, from);
     seen.see(to[0]);
@@ -226,22 +250,25 @@ struct Parts<BFloat> {
 template <>
 struct Parts<Half> {
   static constexpr int count = 2;
-  static constexpr float exp2_terms[] = {1.0f, 6.93124175e-1f, 2.40240991e-1f, 5.59064262e-2f, 9.58285294e-3f};
+  static constexpr float exp2_terms[] = {1.0f, 6.93044845e-1f, 2.41280206e-1f, 5.22424727e-2f, 1.34266849e-2f};
   static constexpr bool fixed_point = false, exact_at_reference = false;
   static constexpr Term scores[] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}};
+  static constexpr Term rough_scores[] = {{1, 0}, {0, 0}, {0, 1}};
+  // A second part is 2^-9 of its number at most, so that `rough_scores` leave out at most 2^-18 of the sum of the
+  // products' magnitudes: with exponents of up to this in all 2^-10 of an exponent, were all signs and all errors
+  // the same, and some 2^-15 for numbers at random; a weight in float16 may be off by 2^-11.5 of an exponent.
+  static constexpr float rough_up_to = 256.0f;
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
-  using Seen = SeenUnfit;
+  using Seen = LargestOfColumns;
 
-  template <Order order>
-  FLASHCORE_HD static void split(const Half* from, __mmask32 present, __m512i (&to)[count], Seen& seen) {
+  FLASHCORE_HD static void split(const Half* from, __mmask32 present, __m512i (&to)[count], Largest& seen) {
     __m512i const bits = _mm512_maskz_loadu_epi16(present, from);
     __m512 const low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
     __m512 const high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
-    to[0] = both_of<order>(first_low, first_high);
-    to[1] = both_of<order>(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
-    __m512i const magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
-    if (_mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0) seen.unfit |= infinite;
+    to[0] = upper_halves(first_low, first_high);
+    to[1] = upper_halves(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
+    seen.see(bits);
   }
   FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     to[0] = upper_halves(low, high);
@@ -262,29 +289,27 @@ struct Parts<Half> {
 template <>
 struct Parts<float> {
   static constexpr int count = 3;
-  static constexpr float exp2_terms[] = {1.0f,           6.93147203e-1f, 2.40226479e-1f, 5.55033247e-2f,
-                                         9.61843736e-3f, 1.33988746e-3f, 1.5353362e-4f};
+  static constexpr float exp2_terms[] = {1.0f,           6.93147044e-1f, 2.40229305e-1f, 5.5485282e-2f,
+                                         9.67544939e-3f, 1.24678617e-3f, 2.16128784e-4f};
   static constexpr bool fixed_point = false, exact_at_reference = true;
   static constexpr Term scores[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
   static constexpr Term outputs[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
 
   using Seen = SeenUnfit;
 
-  template <Order order>
   FLASHCORE_HD static void split(const float* from, __mmask32 present, __m512i (&to)[count], Seen& seen) {
     __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present), from);
     __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present >> 16), from + tile_columns);
-    split<order>(low, high, to);
+    split(low, high, to);
     seen.unfit |= unfit(low) | unfit(high);
   }
-  template <Order order>
   FLASHCORE_HD static void split(__m512 low, __m512 high, __m512i (&to)[count]) {
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
     __m512 const rest_low = _mm512_sub_ps(low, first_low), rest_high = _mm512_sub_ps(high, first_high);
     __m512 const second_low = nearest_bfloat(rest_low), second_high = nearest_bfloat(rest_high);
-    to[0] = both_of<order>(first_low, first_high);
-    to[1] = both_of<order>(second_low, second_high);
-    to[2] = both_of<order>(_mm512_sub_ps(rest_low, second_low), _mm512_sub_ps(rest_high, second_high));
+    to[0] = upper_halves(first_low, first_high);
+    to[1] = upper_halves(second_low, second_high);
+    to[2] = upper_halves(_mm512_sub_ps(rest_low, second_low), _mm512_sub_ps(rest_high, second_high));
   }
   FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     __m512 const rest_low = rest_of(low), rest_high = rest_of(high);

@@ -112,9 +112,10 @@ struct WeightsBeside {
   const float* exact_offset = nullptr;
   float* w = nullptr;
   float* sums = nullptr;
+  const float* sums_before = nullptr;
   float* exact = nullptr;  // or null
   int64_t row = 0, rows = 0;
-  int each = 0;  // rows of a call
+  int64_t each = 0;  // rows of a call; if `fixed_point` a power of two
   bool slowly = false;
   uint32_t wide = 0;
   __m512i largest = _mm512_setzero_si512();  // of a pass, lane by lane, if `fixed_point`
@@ -122,17 +123,19 @@ struct WeightsBeside {
 
   FLASHCORE_HD explicit WeightsBeside(float factor_of_scores) : factor(factor_of_scores), fixed(factor_of_scores) {}
 
-  // Without a loop for 1, 2 and 4 rows: its end would be hard to foretell.
+  // Without a loop for up to 4 rows: its end would be hard to foretell.
   FLASHCORE_HD void operator()() {
     if (row >= rows) return;
     if (fixed_point && slowly) return rest_slowly(row + each);
+    int64_t const n = fixed_point ? each : min_of(each, rows - row);
     weigh();
-    if (each == 1) return;
+    if (n == 1) return;
     weigh();
-    if (each == 2) return;
+    if (n == 2) return;
     weigh();
+    if (!fixed_point && n == 3) return;
     weigh();
-    for (int i = 4; i < each; ++i) weigh();
+    for (int64_t i = 4; i < n; ++i) weigh();
   }
   FLASHCORE_HD void rest() {
     if (fixed_point && slowly) return rest_slowly(rows);
@@ -156,7 +159,7 @@ struct WeightsBeside {
       for (Vec& v : x) v = exponents<T>(v, factor, offset[row]);
       exp2_in_range(Parts<T>::exp2_terms, x);
       Atom::store_weights(w + at, x);
-      store(sums + at, load(sums + at) + (x[0] + x[1]));
+      store(sums + at, load(sums_before + at) + (x[0] + x[1]));
     }
     ++row;
   }

@@ -78,6 +78,7 @@ struct ForwardTiles : TileRows<T, Score> {
     Span seen_by_all;  // keys of the sequence
     bool two_tiles;
     bool completes;     // the block, whose rows then are written
+    bool rough;         // scores without the products of second parts, if in two
     uint32_t wide = 0;  // rows that have their weights by the polynomial, if `fixed_point`
     float* weights;
     bool rescales = false;   // the outputs so far,
@@ -112,7 +113,11 @@ struct ForwardTiles : TileRows<T, Score> {
   float exact_offset[most_rows];  // -factor times the reference
   // Of each block the rows of which scores may be NaN, and held tiles of keys.
   uint32_t wide_queries[most_rows / amx_block];
-  bool wide_keys[packed_bytes / (4 * most_keys_of_tile * tile_depth)];
+  static constexpr int most_held = packed_bytes / (4 * most_keys_of_tile * tile_depth);
+  bool wide_keys[most_held];
+  // In two parts: of a block's queries the largest magnitude, and of a held tile's keys the sum over the columns of
+  // those in each.
+  float largest_query[most_rows / amx_block], largest_keys[most_held];
   bool fresh[most_rows / amx_block];  // blocks that have no output yet
   int settled_block = -1;             // all of whose rows have a reference
   float unseen;                       // the score of a key that a row does not see
@@ -132,7 +137,10 @@ struct ForwardTiles : TileRows<T, Score> {
   int column = 0;        // the others come
   int turns = 0;         // in so many turns
   int finished = -1;     // block whose rows are to be written
-  Vec sums[amx_block];   // of the last pass, lane by lane
+  // Of the weights of a block's rows, lane by lane, if not `fixed_point`: what it has after the last pass and what it
+  // had before, in turn.
+  Vec sums[2][amx_block];
+  int sums_now = 0, summed_block = -1;
   Vec exact[amx_block];  // of the weights before they are rounded, for the log-sum-exp
 
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
@@ -210,12 +218,28 @@ struct ForwardTiles : TileRows<T, Score> {
     if constexpr (fixed_point) {
       wide_queries[block] = seen.reaches(wide_from) ? wide_rows_of(block) : 0;
       return true;
+    } else if constexpr (parts == 2) {
+      largest_query[block] = seen.infinite_or_nan() ? largest_finite_query(block) : seen.largest();
+      return true;  // an infinite one makes NaN of its row, as it does without parts
     } else {
       return !(seen.unfit & out_of_range);  // an infinite one makes NaN of its row, as it does without parts
     }
   }
 
   uint16_t* queries_of(int block) const { return queries + (all_held ? block % 3 : block) * steps * step_elements; }
+
+  // The largest magnitude of a block's queries but infinity and NaN: the other rows keep their bits.
+  float largest_finite_query(int block) const {
+    float largest = 0.0f;
+    for (int row = block * amx_block; row < min_of((block + 1) * amx_block, rows); ++row) {
+      const T* const query = static_cast<const T*>(params.q.data) + offset_of(params.q, row);
+      for (int d = 0; d < params.head_dim; ++d) {
+        float const magnitude = fabsf(to_float(query[d]));
+        if (magnitude > largest && magnitude < -minus_infinity()) largest = magnitude;
+      }
+    }
+    return largest;
+  }
 
   // Rows of a block that have a query of which scores may be NaN. The others keep their bits.
   uint32_t wide_rows_of(int block) const {
@@ -257,6 +281,9 @@ struct ForwardTiles : TileRows<T, Score> {
     if constexpr (fixed_point) {
       wide_keys[held] = seen_keys.reaches(wide_from);
       return seen_values.none_but_zeros() || (seen_values.reaches(values_from) && !seen_values.reaches(values_up_to));
+    } else if constexpr (parts == 2) {
+      largest_keys[held] = seen_keys.sum();
+      return !seen_keys.infinite_or_nan() && !seen_values.infinite_or_nan();
     } else {
       return (seen_keys.unfit | seen_values.unfit) == 0;
     }
@@ -280,8 +307,13 @@ struct ForwardTiles : TileRows<T, Score> {
     next.two_tiles = rows - row > tile_rows;
     next.completes = all_held && end <= keys_of_tile;
     if constexpr (fixed_point) next.wide = wide_keys[held] ? ~0u : wide_queries[block];
+    if constexpr (parts == 2) {
+      float const most = largest_query[block] * largest_keys[held] * fabsf(params.scale) * log2_e;
+      next.rough = !params.lse && most <= Parts<T>::rough_up_to;
+    }
     next.weights = weights + last_pass % 2 * weight_floats;
-    int const calls = steps * calls_of_step<Parts<T>::scores>;
+    int calls = steps * calls_of_step<Parts<T>::scores>;
+    if constexpr (parts == 2) calls = next.rough ? steps * calls_of_step<Parts<T>::rough_scores> : calls;
     for (int i = 0; i < next.units(); ++i) {
       last_slot = 1 - last_slot;
       float* const s = scores + last_slot * unit_floats;
@@ -338,6 +370,10 @@ struct ForwardTiles : TileRows<T, Score> {
       outputs_until(advance(nullptr, 0, nullptr, 1, beside), nothing);
     }
     products.finish();
+    if constexpr (!fixed_point) {
+      sums_now = 1 - sums_now;
+      begin_sums(-1);
+    }
     if (finished >= 0) write(finished);
     finished = -1;
   }
@@ -349,32 +385,47 @@ struct ForwardTiles : TileRows<T, Score> {
     beside.row = beside.rows = 0;
     if (!unit.pass) return;
     Pass const& p = *unit.pass;
+    if (!fixed_point && unit.index == 0) {
+      sums_now = 1 - sums_now;
+      if (p.block != summed_block) begin_sums(p.block);
+    }
     beside.s = unit.scores;
     beside.offset = offset + p.block * amx_block;
     beside.exact_offset = exact_offset + p.block * amx_block;
     beside.w = weights_at(p, unit.index);
-    beside.sums = reinterpret_cast<float*>(sums);
+    beside.sums = reinterpret_cast<float*>(sums[sums_now]);
+    beside.sums_before = reinterpret_cast<float*>(sums[unit.index == 0 ? 1 - sums_now : sums_now]);
     beside.exact = sums_exactly() ? reinterpret_cast<float*>(exact) : nullptr;
     beside.wide = p.wide;
     beside.slowly = p.wide != 0 || sums_exactly();
     beside.rows = p.height();
-    for (beside.each = 1; beside.each * calls < p.height();) beside.each *= 2;
+    beside.each = ceil_div(p.height(), calls);
+    if constexpr (fixed_point) {
+      for (beside.each = 1; beside.each * calls < p.height();) beside.each *= 2;
+    }
   }
 
   // The weights of a pass are there, `largest` of them lane by lane: takes in their sums.
   void complete(Pass& p, __m512i largest) {
     p.rescales = false;
-    bool const suspect = few() || _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(largest_weight)) != 0;
+    bool suspect = few();
+    if constexpr (fixed_point) {
+      suspect |= _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(largest_weight)) != 0;
+    } else {
+      Vec of_all = sums[sums_now][0];
+      for (int i = 1; i < p.height(); ++i) of_all = of_all + sums[sums_now][i];
+      suspect |= _mm512_cmp_ps_mask((__m512)of_all, (__m512)splat(largest_sum / lanes), _CMP_NLE_UQ) != 0;
+    }
+    if (!suspect && !sums_exactly()) return;
     for (int first = 0; first < p.height(); first += tile_rows) {
       int const row = p.block * amx_block + first;
       uint32_t above = few() ? 0xffff : 0;
       if constexpr (fixed_point) {
         if (suspect && !few()) above = too_large(p, first);
-      } else if (!few()) {
-        above = _mm512_cmp_ps_mask((__m512)total_of(sums + first), (__m512)splat(largest_sum), _CMP_NLE_UQ);
+      } else if (suspect && !few()) {
+        above = _mm512_cmp_ps_mask((__m512)total_of(sums[sums_now] + first), (__m512)splat(largest_sum), _CMP_NLE_UQ);
       }
       if (above) raise(p, first, above);
-      if constexpr (!fixed_point) store(state.sum + row, load(state.sum + row) + total_of(sums + first));
       if (sums_exactly()) store(exact_sum + row, load(exact_sum + row) + total_of(exact + first));
     }
     clear_sums();
@@ -393,11 +444,20 @@ struct ForwardTiles : TileRows<T, Score> {
     return which;
   }
 
-  void clear_sums() {
-    if constexpr (!fixed_point) {
-#pragma GCC unroll 32
-      for (Vec& sum : sums) sum = splat(0.0f);
+  // The sums are those of a block's rows from here on, and what they were is taken in.
+  void begin_sums(int block) {
+    if (summed_block >= 0) {
+      for (int first = 0; first < amx_block; first += tile_rows) {
+        float* const sum = state.sum + summed_block * amx_block + first;
+        store(sum, load(sum) + total_of(sums[1 - sums_now] + first));
+      }
     }
+    summed_block = block;
+#pragma GCC unroll 32
+    for (Vec& sum : sums[1 - sums_now]) sum = splat(0.0f);
+  }
+
+  void clear_sums() {
     if (!sums_exactly()) return;
 #pragma GCC unroll 32
     for (Vec& sum : exact) sum = splat(0.0f);
@@ -450,7 +510,8 @@ struct ForwardTiles : TileRows<T, Score> {
       }
       state.sum[row + i] *= ratio;
       exact_sum[row + i] *= ratio;
-      sums[i] = exact[i] = splat(0.0f);
+      exact[i] = splat(0.0f);
+      if constexpr (!fixed_point) sums[sums_now][i] = sums[1 - sums_now][i] * splat(ratio);
     }
     for_each([&](int unit, int i, const float* of_row) {
       Vec const s[2] = {load(of_row), load(of_row + column_floats)};
@@ -467,7 +528,7 @@ struct ForwardTiles : TileRows<T, Score> {
       }
       exp2_of<sizeof(T) == 2>(x);
       Atom::store_weights(weights_at(p, unit) + i * lanes, x);
-      if constexpr (!fixed_point) sums[i] = sums[i] + (x[0] + x[1]);
+      if constexpr (!fixed_point) sums[sums_now][i] = sums[sums_now][i] + (x[0] + x[1]);
     });
   }
 
@@ -515,6 +576,11 @@ struct ForwardTiles : TileRows<T, Score> {
     const uint16_t* const right =
         keys + p.held * packed_elements + (p.span.begin / amx_block + unit) * steps * step_elements;
     if (p.two_tiles) {
+      if constexpr (parts == 2) {
+        if (p.rough) {
+          return products.template multiply<Parts<T>::rough_scores, parts, 2>(left, right, steps, nullptr, to, beside);
+        }
+      }
       products.template multiply<Parts<T>::scores, parts, 2>(left, right, steps, nullptr, to, beside);
     } else {
       Nothing nothing;
