@@ -115,7 +115,8 @@ struct Largest {
 
 // The largest magnitudes of float16 in each of 32 columns of a step.
 struct LargestOfColumns {
-  Largest of_step[largest_row / tile_depth];
+  static constexpr int most_steps = largest_row / tile_depth;
+  Largest of_step[most_steps];
 
   FLASHCORE_HD Largest& of(int step) { return of_step[step]; }
   bool infinite_or_nan() const {
@@ -123,27 +124,21 @@ struct LargestOfColumns {
     for (const Largest& step : of_step) all.see(step.magnitude);
     return _mm512_cmpge_epu16_mask(all.magnitude, _mm512_set1_epi16(0x7c00)) != 0;
   }
-  // Over all columns.
-  float largest() const {
-    __m512 all = _mm512_setzero_ps();
-    for_each([&](__m512 of_columns) { all = _mm512_max_ps(all, of_columns); });
-    return _mm512_reduce_max_ps(all);
-  }
-  float sum() const {
-    __m512 all = _mm512_setzero_ps();
-    for_each([&](__m512 of_columns) { all = _mm512_add_ps(all, of_columns); });
-    return _mm512_reduce_add_ps(all);
-  }
-
- private:
-  template <typename F>
-  void for_each(F f) const {
-    for (const Largest& step : of_step) {
-      f(_mm512_cvtph_ps(_mm512_castsi512_si256(step.magnitude)));
-      f(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(step.magnitude, 1)));
-    }
+  void keep(int steps, __m512i* to) const {
+    for (int s = 0; s < steps; ++s) to[s] = of_step[s].magnitude;
   }
 };
+
+// The sum of the magnitudes of products of columns that were kept is at most so large.
+FLASHCORE_HD float largest_products(const __m512i* x, const __m512i* y, int steps) {
+  auto const upper = [](__m512i v) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); };
+  auto const lower = [](__m512i v) { return _mm512_cvtph_ps(_mm512_castsi512_si256(v)); };
+  __m512 sum = _mm512_setzero_ps();
+  for (int s = 0; s < steps; ++s) {
+    sum = _mm512_fmadd_ps(lower(x[s]), lower(y[s]), _mm512_fmadd_ps(upper(x[s]), upper(y[s]), sum));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
 
 // How elements are parts of bfloat16: split() 32 elements, those of the mask (the others are zeros), to a vector for
 // each part, the i-th element and the 16 + i-th side by side where there are two or three, and `seen` takes in what is
@@ -255,9 +250,9 @@ struct Parts<Half> {
   static constexpr Term scores[] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}};
   static constexpr Term rough_scores[] = {{1, 0}, {0, 0}, {0, 1}};
   // A second part is 2^-9 of its number at most, so that `rough_scores` leave out at most 2^-18 of the sum of the
-  // products' magnitudes: with exponents of up to this in all 2^-10 of an exponent, were all signs and all errors
-  // the same, and some 2^-15 for numbers at random; a weight in float16 may be off by 2^-11.5 of an exponent.
-  static constexpr float rough_up_to = 256.0f;
+  // products' magnitudes: where exponents are up to this, 2^-11 of one, were all parts the largest and all signs the
+  // same (with numbers at random 2^-15). Rounding a weight to float16, as GPUs do, makes up to 2^-11.5.
+  static constexpr float rough_up_to = 128.0f;
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
   using Seen = LargestOfColumns;
 
