@@ -113,7 +113,7 @@ struct Largest {
   }
 };
 
-// The largest magnitudes of float16 in each of 32 columns of a step.
+// The largest magnitudes of float16 in each column, a step's 32 together.
 struct LargestOfColumns {
   static constexpr int most_steps = largest_row / tile_depth;
   Largest of_step[most_steps];
@@ -129,7 +129,7 @@ struct LargestOfColumns {
   }
 };
 
-// The sum of the magnitudes of products of columns that were kept is at most so large.
+// At most so large is the sum of the magnitudes of products, over the columns, of two rows that were seen.
 FLASHCORE_HD float largest_products(const __m512i* x, const __m512i* y, int steps) {
   auto const upper = [](__m512i v) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); };
   auto const lower = [](__m512i v) { return _mm512_cvtph_ps(_mm512_castsi512_si256(v)); };
@@ -141,9 +141,9 @@ FLASHCORE_HD float largest_products(const __m512i* x, const __m512i* y, int step
 }
 
 // How elements are parts of bfloat16: split() 32 elements, those of the mask (the others are zeros), to a vector for
-// each part, the i-th element and the 16 + i-th side by side where there are two or three, and `seen` takes in what is
-// unfit among them; split_weights() those of a panel; join() makes elements of
-// results. Where `fixed_point`, weights are mostly made by FixedPoint.
+// each part, the i-th element and the 16 + i-th side by side where there are two or three parts, and `seen` takes in
+// what is unfit among them; split_weights() those of a panel; join() makes elements of results. Where `fixed_point`,
+// weights are mostly made by FixedPoint.
 template <typename T>
 struct Parts;
 
@@ -172,8 +172,8 @@ FLASHCORE_HD __mmask32 mask_of(int present) {
   return present >= 32 ? ~__mmask32{0} : (__mmask32{1} << max_of(present, 0)) - 1;
 }
 
-// 2^x as a polynomial of f, x = n + f with n the largest integer up to x, which is what both instructions take: so f and
-// the product with 2^n are one each. Nothing is limited.
+// 2^x as a polynomial of f, x = n + f with n the largest integer up to x, which is what both instructions take: so f
+// and the product with 2^n are one each. Nothing is limited.
 template <int count, int n>
 FLASHCORE_HD void exp2_in_range(const float (&terms)[count], Vec (&x)[n]) {
   constexpr int to_floor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
@@ -248,10 +248,11 @@ struct Parts<Half> {
   static constexpr float exp2_terms[] = {1.0f, 6.93044845e-1f, 2.41280206e-1f, 5.22424727e-2f, 1.34266849e-2f};
   static constexpr bool fixed_point = false, exact_at_reference = false;
   static constexpr Term scores[] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}};
+  // A second part is 2^-9 of its number at most, so that these leave out at most 2^-18 of the sum of the products'
+  // magnitudes. Where that sum is up to `rough_up_to` exponents, it is 2^-11 of an exponent, were all second parts the
+  // largest and all signs the same; with numbers at random it is 2^-15. (A weight rounded to float16, as PyTorch's and
+  // GPUs' are, is off by up to 2^-11.5 of an exponent.)
   static constexpr Term rough_scores[] = {{1, 0}, {0, 0}, {0, 1}};
-  // A second part is 2^-9 of its number at most, so that `rough_scores` leave out at most 2^-18 of the sum of the
-  // products' magnitudes: where exponents are up to this, 2^-11 of one, were all parts the largest and all signs the
-  // same (with numbers at random 2^-15). Rounding a weight to float16, as GPUs do, makes up to 2^-11.5.
   static constexpr float rough_up_to = 128.0f;
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
   using Seen = LargestOfColumns;

@@ -111,9 +111,9 @@ struct WeightsBeside {
   const float* offset = nullptr;
   const float* exact_offset = nullptr;
   float* w = nullptr;
-  float* sums = nullptr;
-  const float* sums_before = nullptr;
-  float* exact = nullptr;  // or null
+  const float* sums_before = nullptr;  // the sums of the rows so far,
+  float* sums = nullptr;               // and with these weights
+  float* exact = nullptr;              // or null
   int64_t row = 0, rows = 0;
   int64_t each = 0;  // rows of a call; if `fixed_point` a power of two
   bool slowly = false;

@@ -30,14 +30,22 @@
 // 10% slower: stores that wait for their lines hold up those of tiles), float16's scores without the products of second
 // parts where those are negligible (0 to 7% faster at 128, 3 to 6% slower at 64).
 //
-// Float16 with 512 keys of 64 (one thread, 8 heads, 1.1 to 1.2 ms): without the weights' exponentials 2% less, without
-// any of the vector units' work 8%, without writing 4 to 6%, without the products of second parts 0; without packing
-// 29%, and with keys and values that stay in the first-level cache 18%, in both of which tiles are zeros and the clock
-// is higher (3.6 GHz, not 2.9 to 3.3). So what is left is mostly the way of keys and values from the second-level
-// cache: blocks of 64 rows would halve it. Tried without gain: the weights' rows after every second product or after
-// each, keys and values through the first-level cache (14% slower), cubic exponentials, the next head's rows fetched
-// evenly over a head's units (0 to 2% slower), elements divided into their parts by whole numbers, ten instructions for
-// 18 (nothing), elements cut off, not rounded, to their first parts. Queries' rows fetched a block ahead gained 2%.
+// Weights of two or three parts run beside the products, but not for nothing: what is scarce is the two ports that
+// vector instructions share with tiles. A tile load takes 8.5 places on them, a store 16 on one, a product none to
+// speak of, and a row of float16 (32 keys) 24 instructions. Measured apart, from the first-level cache: four products
+// with their two and a half loads take 70 clocks, 2 / 3 / 4 rows beside them 72 / 87 / 99, and four rows alone 66;
+// without the loads four rows are hidden. So in float16 with 512 keys of 64 (two threads, 8 heads: 590 us, then 545)
+// gained, in turn: exponentials by the two instructions that round down themselves, four of a row's 28 (2%); sums that
+// stay lane by lane from pass to pass (1%); scores without the products of second parts where these are negligible,
+// which spare two of ten loads and a quarter of the products, with six rows at each of the fewer calls (5%; with eight
+// 3%). Keys and values that all come from the first-level cache would gain 0 to 1%.
+//
+// Tried without gain for float16: the weights' rows after every second product or after each, keys and values through
+// the first-level cache (14% slower), cubic exponentials (1% faster, to 9e-5), the next head's rows fetched evenly over
+// a head's units or one at each call (0 to 2% slower), results' lines fetched evenly, elements divided into their parts
+// by whole numbers, ten instructions for 18, elements cut off, not rounded, to their first parts, and rows of weights
+// spread evenly over turns with and without outputs, in the place of their scores, which come two units ahead (float32
+// 3% faster, bfloat16 8 and causal float16 6% slower). Queries' rows fetched a block ahead gained 2%.
 #pragma once
 
 #include "cpu/amx.h"
@@ -78,7 +86,7 @@ struct ForwardTiles : TileRows<T, Score> {
     Span seen_by_all;  // keys of the sequence
     bool two_tiles;
     bool completes;     // the block, whose rows then are written
-    bool rough;         // scores without the products of second parts, if in two
+    bool rough;         // its scores are Parts<Half>::rough_scores
     uint32_t wide = 0;  // rows that have their weights by the polynomial, if `fixed_point`
     float* weights;
     bool rescales = false;   // the outputs so far,
@@ -115,9 +123,11 @@ struct ForwardTiles : TileRows<T, Score> {
   uint32_t wide_queries[most_rows / amx_block];
   static constexpr int most_held = packed_bytes / (4 * most_keys_of_tile * tile_depth);
   bool wide_keys[most_held];
-  // In two parts: the largest magnitudes in each column of a block's queries and of a held tile's keys.
+  // If in two parts, of a block's queries and of a held tile's keys the largest magnitudes in each column. (If
+  // `all_held`, a block is needed until the next one comes.)
   static constexpr int kept_blocks = tile_q / amx_block, kept_steps = LargestOfColumns::most_steps;
-  __m512i largest_queries[parts == 2 ? kept_blocks : 1][kept_steps], largest_keys[parts == 2 ? most_held : 1][kept_steps];
+  __m512i largest_queries[parts == 2 ? kept_blocks : 1][kept_steps];
+  __m512i largest_keys[parts == 2 ? most_held : 1][kept_steps];
   bool fresh[most_rows / amx_block];  // blocks that have no output yet
   int settled_block = -1;             // all of whose rows have a reference
   float unseen;                       // the score of a key that a row does not see
@@ -137,10 +147,11 @@ struct ForwardTiles : TileRows<T, Score> {
   int column = 0;        // the others come
   int turns = 0;         // in so many turns
   int finished = -1;     // block whose rows are to be written
-  // Of the weights of a block's rows, lane by lane, if not `fixed_point`: what it has after the last pass and what it
-  // had before, in turn.
+  // If not `fixed_point`, of the weights of a block's rows, lane by lane: their sums with the pass `weighed` and before
+  // it, in turn. Where the next block begins, state.sum takes them in.
   Vec sums[2][amx_block];
-  int sums_now = 0, summed_block = -1;
+  int sums_now = 0;
+  int summed_block = -1;
   Vec exact[amx_block];  // of the weights before they are rounded, for the log-sum-exp
 
   ForwardTiles(const ForwardParams& p, const QueryTile& t, float* scratch)
@@ -180,7 +191,10 @@ struct ForwardTiles : TileRows<T, Score> {
     if (unseen < -1e38f || (rows > tile_q && !all_held)) return false;
     TileRegisters const registers;
     for (bool& block : fresh) block = true;
-    clear_sums();
+    for (auto& of_rows : sums) {
+      for (Vec& sum : of_rows) sum = splat(0.0f);
+    }
+    clear_exact();
     for (int row = 0; row < ceil_div(rows, amx_block) * amx_block; ++row) {
       refer(row, minus_infinity());
       state.sum[row] = exact_sum[row] = 0.0f;
@@ -372,10 +386,7 @@ struct ForwardTiles : TileRows<T, Score> {
       outputs_until(advance(nullptr, 0, nullptr, 1, beside), nothing);
     }
     products.finish();
-    if constexpr (!fixed_point) {
-      sums_now = 1 - sums_now;
-      begin_sums(-1);
-    }
+    if constexpr (!fixed_point) begin_sums(-1);
     if (finished >= 0) write(finished);
     finished = -1;
   }
@@ -388,8 +399,8 @@ struct ForwardTiles : TileRows<T, Score> {
     if (!unit.pass) return;
     Pass const& p = *unit.pass;
     if (!fixed_point && unit.index == 0) {
-      sums_now = 1 - sums_now;
       if (p.block != summed_block) begin_sums(p.block);
+      sums_now = 1 - sums_now;
     }
     beside.s = unit.scores;
     beside.offset = offset + p.block * amx_block;
@@ -407,7 +418,8 @@ struct ForwardTiles : TileRows<T, Score> {
     }
   }
 
-  // The weights of a pass are there, `largest` of them lane by lane: takes in their sums.
+  // The weights of a pass are there, `largest` of them lane by lane: takes in the exact sums, and sees to rows with
+  // weights that are too large. (Sums of all rows, lane by lane, tell whether there can be one.)
   void complete(Pass& p, __m512i largest) {
     p.rescales = false;
     bool suspect = few();
@@ -425,12 +437,13 @@ struct ForwardTiles : TileRows<T, Score> {
       if constexpr (fixed_point) {
         if (suspect && !few()) above = too_large(p, first);
       } else if (suspect && !few()) {
-        above = _mm512_cmp_ps_mask((__m512)total_of(sums[sums_now] + first), (__m512)splat(largest_sum), _CMP_NLE_UQ);
+        Vec const sum = total_of(sums[sums_now] + first) - total_of(sums[1 - sums_now] + first);
+        above = _mm512_cmp_ps_mask((__m512)sum, (__m512)splat(largest_sum), _CMP_NLE_UQ);
       }
       if (above) raise(p, first, above);
       if (sums_exactly()) store(exact_sum + row, load(exact_sum + row) + total_of(exact + first));
     }
-    clear_sums();
+    clear_exact();
   }
 
   // Those of sixteen rows of a pass that have a weight above the largest.
@@ -446,20 +459,20 @@ struct ForwardTiles : TileRows<T, Score> {
     return which;
   }
 
-  // The sums are those of a block's rows from here on, and what they were is taken in.
+  // From here on the sums are of the rows of a block (or of none); state.sum takes in what they were.
   void begin_sums(int block) {
     if (summed_block >= 0) {
       for (int first = 0; first < amx_block; first += tile_rows) {
         float* const sum = state.sum + summed_block * amx_block + first;
-        store(sum, load(sum) + total_of(sums[1 - sums_now] + first));
+        store(sum, load(sum) + total_of(sums[sums_now] + first));
       }
     }
     summed_block = block;
 #pragma GCC unroll 32
-    for (Vec& sum : sums[1 - sums_now]) sum = splat(0.0f);
+    for (Vec& sum : sums[sums_now]) sum = splat(0.0f);
   }
 
-  void clear_sums() {
+  void clear_exact() {
     if (!sums_exactly()) return;
 #pragma GCC unroll 32
     for (Vec& sum : exact) sum = splat(0.0f);
