@@ -95,7 +95,7 @@ enum Unfit : unsigned { infinite = 1, out_of_range = 2 };
 struct SeenUnfit {
   unsigned unfit = 0;
 
-  FLASHCORE_HD SeenUnfit& of(int /*step*/) { return *this; }
+  FLASHCORE_HD void end_rows() {}
 };
 
 // The largest magnitude among bfloat16, which NaN and infinity pass.
@@ -105,7 +105,7 @@ struct Largest {
   FLASHCORE_HD void see(__m512i bits) {
     magnitude = _mm512_max_epu16(magnitude, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
   }
-  FLASHCORE_HD Largest& of(int /*step*/) { return *this; }
+  FLASHCORE_HD void end_rows() {}
   bool none_but_zeros() const { return _mm512_test_epi16_mask(magnitude, magnitude) == 0; }
   // Whether one of them is 2^exponent or more.
   FLASHCORE_HD bool reaches(int exponent) const {
@@ -113,37 +113,30 @@ struct Largest {
   }
 };
 
-// The largest magnitudes of float16 in each column, a step's 32 together.
-struct LargestOfColumns {
-  static constexpr int most_steps = largest_row / tile_depth;
-  Largest of_step[most_steps];
+// Of numbers in two parts the sums over rows of the second parts' squares, sixteen rows at a time. Those of a row with
+// infinity or NaN are NaN.
+struct SecondParts {
+  Vec squares[sixteen] = {};  // lane by lane
+  Vec largest = splat(0.0f);  // of the rows before that are finite
+  Vec all = splat(0.0f);      // of all rows before
 
-  FLASHCORE_HD Largest& of(int step) { return of_step[step]; }
-  bool infinite_or_nan() const {
-    Largest all;
-    for (const Largest& step : of_step) all.see(step.magnitude);
-    return _mm512_cmpge_epu16_mask(all.magnitude, _mm512_set1_epi16(0x7c00)) != 0;
+  FLASHCORE_HD void end_rows() {
+    Vec const sums = across_each(squares, [](Vec x, Vec y) { return x + y; });
+    largest = larger(sums, largest);
+    all = all + sums;
+    for (Vec& of_row : squares) of_row = splat(0.0f);
   }
-  void keep(int steps, __m512i* to) const {
-    for (int s = 0; s < steps; ++s) to[s] = of_step[s].magnitude;
+  bool infinite_or_nan() const {
+    Vec of_last = all;
+    for (Vec of_row : squares) of_last = of_last + of_row;
+    return _mm512_cmp_ps_mask((__m512)of_last, (__m512)of_last, _CMP_UNORD_Q) != 0;
   }
 };
 
-// At most so large is the sum of the magnitudes of products, over the columns, of two rows that were seen.
-FLASHCORE_HD float largest_products(const __m512i* x, const __m512i* y, int steps) {
-  auto const upper = [](__m512i v) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); };
-  auto const lower = [](__m512i v) { return _mm512_cvtph_ps(_mm512_castsi512_si256(v)); };
-  __m512 sum = _mm512_setzero_ps();
-  for (int s = 0; s < steps; ++s) {
-    sum = _mm512_fmadd_ps(lower(x[s]), lower(y[s]), _mm512_fmadd_ps(upper(x[s]), upper(y[s]), sum));
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
 // How elements are parts of bfloat16: split() 32 elements, those of the mask (the others are zeros), to a vector for
 // each part, the i-th element and the 16 + i-th side by side where there are two or three parts, and `seen` takes in
-// what is unfit among them; split_weights() those of a panel; join() makes elements of results. Where `fixed_point`,
-// weights are mostly made by FixedPoint.
+// what matters of them, as the row-th of sixteen; split_weights() those of a panel; join() makes elements of results.
+// Where `fixed_point`, weights are mostly made by FixedPoint.
 template <typename T>
 struct Parts;
 
@@ -220,7 +213,7 @@ struct Parts<BFloat> {
   static constexpr Term outputs[] = {{0, 0}};
   using Seen = Largest;
 
-  FLASHCORE_HD static void split(const BFloat* from, __mmask32 present, __m512i (&to)[count], Seen& seen) {
+  FLASHCORE_HD static void split(const BFloat* from, __mmask32 present, __m512i (&to)[count], Seen& seen, int /*row*/) {
     to[0] = _mm512_maskz_loadu_epi16(present, from);
     seen.see(to[0]);
   }
@@ -248,23 +241,23 @@ struct Parts<Half> {
   static constexpr float exp2_terms[] = {1.0f, 6.93044845e-1f, 2.41280206e-1f, 5.22424727e-2f, 1.34266849e-2f};
   static constexpr bool fixed_point = false, exact_at_reference = false;
   static constexpr Term scores[] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}};
-  // A second part is 2^-9 of its number at most, so that these leave out at most 2^-18 of the sum of the products'
-  // magnitudes. Where that sum is up to `rough_up_to` exponents, it is 2^-11 of an exponent, were all second parts the
-  // largest and all signs the same; with numbers at random it is 2^-15. (A weight rounded to float16, as PyTorch's and
-  // GPUs' are, is off by up to 2^-11.5 of an exponent.)
+  // Where the products of second parts come to so little of an exponent: at most the product of their rows' norms. A
+  // weight that is rounded to float16, as PyTorch's and GPUs' are, is off by as much and more (2^-11.5).
   static constexpr Term rough_scores[] = {{1, 0}, {0, 0}, {0, 1}};
-  static constexpr float rough_up_to = 128.0f;
+  static constexpr float negligible = 0x1p-12f;
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
-  using Seen = LargestOfColumns;
+  using Seen = SecondParts;
 
-  FLASHCORE_HD static void split(const Half* from, __mmask32 present, __m512i (&to)[count], Largest& seen) {
+  FLASHCORE_HD static void split(const Half* from, __mmask32 present, __m512i (&to)[count], Seen& seen, int row) {
     __m512i const bits = _mm512_maskz_loadu_epi16(present, from);
     __m512 const low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
     __m512 const high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
     __m512 const first_low = nearest_bfloat(low), first_high = nearest_bfloat(high);
     to[0] = upper_halves(first_low, first_high);
-    to[1] = upper_halves(_mm512_sub_ps(low, first_low), _mm512_sub_ps(high, first_high));
-    seen.see(bits);
+    __m512 const second_low = _mm512_sub_ps(low, first_low), second_high = _mm512_sub_ps(high, first_high);
+    to[1] = upper_halves(second_low, second_high);
+    seen.squares[row] = (Vec)_mm512_fmadd_ps(second_low, second_low,
+                                             _mm512_fmadd_ps(second_high, second_high, (__m512)seen.squares[row]));
   }
   FLASHCORE_HD static void split_weights(__m512 low, __m512 high, __m512i (&to)[count]) {
     to[0] = upper_halves(low, high);
@@ -293,7 +286,7 @@ struct Parts<float> {
 
   using Seen = SeenUnfit;
 
-  FLASHCORE_HD static void split(const float* from, __mmask32 present, __m512i (&to)[count], Seen& seen) {
+  FLASHCORE_HD static void split(const float* from, __mmask32 present, __m512i (&to)[count], Seen& seen, int /*row*/) {
     __m512 const low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present), from);
     __m512 const high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present >> 16), from + tile_columns);
     split(low, high, to);

@@ -23,18 +23,17 @@ typename Parts<T>::Seen pack_tile_queries(RowOf row_of, int count, int head_dim,
     auto const pack = [&](auto whole) {
       for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
         __mmask32 const mask = mask_of(head_dim - s * tile_depth);
-        auto seen_here = seen.of(s);
         for (int i = 0; i < tile_rows; ++i) {
           __m512i part[parts] = {};
           if (decltype(whole)::value || i < present) {
-            Parts<T>::split(from[i] + s * tile_depth, mask, part, seen_here);
+            Parts<T>::split(from[i] + s * tile_depth, mask, part, seen, i);
           }
           for (int j = 0; j < parts; ++j) _mm512_storeu_si512(at + j * 2 * tile_elements + i * tile_depth, part[j]);
         }
-        seen.of(s) = seen_here;
       }
     };
     present == tile_rows ? pack(Constant<1>{}) : pack(Constant<0>{});
+    seen.end_rows();
   }
   return seen;
 }
@@ -62,20 +61,19 @@ typename Parts<T>::Seen pack_tile_keys(const T* from, int64_t stride, int count,
     uint16_t* at = to + (key / amx_block * steps * parts * 2 + key / tile_columns % 2) * tile_elements;
     for (int s = 0; s < steps; ++s, at += parts * 2 * tile_elements) {
       __mmask32 const mask = mask_of(head_dim - s * tile_depth);
-      auto seen_here = seen.of(s);
       __m512i rows[parts][16];
 #pragma GCC unroll 16
       for (int k = 0; k < tile_columns; ++k) {
         __m512i part[parts] = {};
         if (key + k < count) {
-          Parts<T>::split(from + (key + k) * stride + s * tile_depth, mask, part, seen_here);
+          Parts<T>::split(from + (key + k) * stride + s * tile_depth, mask, part, seen, k);
         }
         for (int i = 0; i < parts; ++i) rows[i][k] = part[i];
       }
-      seen.of(s) = seen_here;
       for (int i = 0; i < parts; ++i)
         transpose_sixteen(rows[i], reinterpret_cast<uint32_t*>(at + i * 2 * tile_elements), tile_columns);
     }
+    seen.end_rows();
   }
   return seen;
 }
@@ -103,22 +101,20 @@ typename Parts<T>::Seen pack_tile_values(const T* from, int64_t stride, int coun
       __mmask32 const mask = mask_of(head_dim - c * amx_block);
       const T* const column = from + c * amx_block;
       uint16_t* at = to + (c * steps + s) * parts * 2 * tile_elements;
-      auto seen_here = seen.of(c);
       for (int i = 0; i < tile_rows; ++i, at += tile_depth) {
         int const key = s * tile_depth + first_of_pair<T>(i), other = key + (Parts<T>::fixed_point ? 1 : tile_rows);
         __m512i low[parts] = {}, high[parts] = {};
         if (decltype(whole)::value || key < count) {
-          Parts<T>::split(column + key * stride, mask, low, seen_here);
+          Parts<T>::split(column + key * stride, mask, low, seen, i);
         }
         if (decltype(whole)::value || other < count) {
-          Parts<T>::split(column + other * stride, mask, high, seen_here);
+          Parts<T>::split(column + other * stride, mask, high, seen, i);
         }
         for (int j = 0; j < parts; ++j) {
           _mm512_storeu_si512(at + 2 * j * tile_elements, _mm512_unpacklo_epi16(low[j], high[j]));
           _mm512_storeu_si512(at + (2 * j + 1) * tile_elements, _mm512_unpackhi_epi16(low[j], high[j]));
         }
       }
-      seen.of(c) = seen_here;
     }
   };
   for (int s = 0; s < steps; ++s) (s + 1) * tile_depth <= count ? pack(s, Constant<1>{}) : pack(s, Constant<0>{});

@@ -123,11 +123,8 @@ struct ForwardTiles : TileRows<T, Score> {
   uint32_t wide_queries[most_rows / amx_block];
   static constexpr int most_held = packed_bytes / (4 * most_keys_of_tile * tile_depth);
   bool wide_keys[most_held];
-  // If in two parts, of a block's queries and of a held tile's keys the largest magnitudes in each column. (If
-  // `all_held`, a block is needed until the next one comes.)
-  static constexpr int kept_blocks = tile_q / amx_block, kept_steps = LargestOfColumns::most_steps;
-  __m512i largest_queries[parts == 2 ? kept_blocks : 1][kept_steps];
-  __m512i largest_keys[parts == 2 ? most_held : 1][kept_steps];
+  // If in two parts: the largest sums of the second parts' squares of a block's queries and of a held tile's keys.
+  float second_queries[most_rows / amx_block], second_keys[most_held];
   bool fresh[most_rows / amx_block];  // blocks that have no output yet
   int settled_block = -1;             // all of whose rows have a reference
   float unseen;                       // the score of a key that a row does not see
@@ -233,7 +230,7 @@ struct ForwardTiles : TileRows<T, Score> {
       wide_queries[block] = seen.reaches(wide_from) ? wide_rows_of(block) : 0;
       return true;
     } else if constexpr (parts == 2) {
-      (seen.infinite_or_nan() ? seen_finite(block) : seen).keep(steps, largest_queries[block % kept_blocks]);
+      second_queries[block] = max_across(seen.largest);
       return true;  // an infinite one makes NaN of its row, as it does without parts
     } else {
       return !(seen.unfit & out_of_range);  // an infinite one makes NaN of its row, as it does without parts
@@ -241,21 +238,6 @@ struct ForwardTiles : TileRows<T, Score> {
   }
 
   uint16_t* queries_of(int block) const { return queries + (all_held ? block % 3 : block) * steps * step_elements; }
-
-  // What a block's queries without those that are infinite or NaN have: so the other rows keep their bits.
-  typename Parts<T>::Seen seen_finite(int block) const {
-    typename Parts<T>::Seen seen;
-    for (int row = block * amx_block; row < min_of((block + 1) * amx_block, rows); ++row) {
-      const T* const query = static_cast<const T*>(params.q.data) + offset_of(params.q, row);
-      typename Parts<T>::Seen of_row;
-      for (int s = 0; s < steps; ++s) {
-        of_row.of(s).see(_mm512_maskz_loadu_epi16(mask_of(params.head_dim - s * tile_depth), query + s * tile_depth));
-      }
-      if (of_row.infinite_or_nan()) continue;
-      for (int s = 0; s < steps; ++s) seen.of(s).see(of_row.of(s).magnitude);
-    }
-    return seen;
-  }
 
   // Rows of a block that have a query of which scores may be NaN. The others keep their bits.
   uint32_t wide_rows_of(int block) const {
@@ -298,7 +280,7 @@ struct ForwardTiles : TileRows<T, Score> {
       wide_keys[held] = seen_keys.reaches(wide_from);
       return seen_values.none_but_zeros() || (seen_values.reaches(values_from) && !seen_values.reaches(values_up_to));
     } else if constexpr (parts == 2) {
-      seen_keys.keep(steps, largest_keys[held]);
+      second_keys[held] = max_across(seen_keys.largest);
       return !seen_keys.infinite_or_nan() && !seen_values.infinite_or_nan();
     } else {
       return (seen_keys.unfit | seen_values.unfit) == 0;
@@ -324,8 +306,8 @@ struct ForwardTiles : TileRows<T, Score> {
     next.completes = all_held && end <= keys_of_tile;
     if constexpr (fixed_point) next.wide = wide_keys[held] ? ~0u : wide_queries[block];
     if constexpr (parts == 2) {
-      float const largest = largest_products(largest_queries[block % kept_blocks], largest_keys[held], steps);
-      next.rough = !params.lse && largest * fabsf(params.scale) * log2_e <= Parts<T>::rough_up_to;
+      float const most = sqrtf(second_queries[block] * second_keys[held]) * fabsf(params.scale) * log2_e;
+      next.rough = !params.lse && most <= Parts<T>::negligible;
     }
     next.weights = weights + last_pass % 2 * weight_floats;
     int calls = steps * calls_of_step<Parts<T>::scores>;
