@@ -28,7 +28,8 @@ def cpu_only(arrays):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("score", [1.0, 4.0, 16.0, 200.0, 750.0])
 @pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(softcap=30.0)], ids=str)
-def test_peaked_scores(arrays, dtype, score, options):
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_peaked_scores(arrays, dtype, score, options, with_lse):
     """From flat rows to rows where one key takes all the weight; on the CPU with scores up to 10^4, whose exponents
     the GPU's kernels round too far for float16 (score · factor − offset is one FMA, offset is rounded before). Beyond,
     a float32 score's own rounding is 0.001 and decides between two keys, so that the largest errors of two right
@@ -37,7 +38,8 @@ def test_peaked_scores(arrays, dtype, score, options):
     if score > 500:
         cpu_only(arrays)
     tensors = arrays.qkv(1, 520, 520, 4, 2, 64, dtype, int(score), score)
-    out, lse = flashcore.attention(*tensors, return_lse=True, **options.keywords())
+    result = flashcore.attention(*tensors, return_lse=with_lse, **options.keywords())
+    out, lse = result if with_lse else (result, None)
     assert_attention(arrays, out, lse, *tensors, options)
 
 
@@ -71,6 +73,25 @@ def test_first_keys_say_little(arrays, dtype, score, with_lse):
         result = flashcore.attention(query, key, value, return_lse=with_lse, **options.keywords())
         out, lse = result if with_lse else (result, None)
         assert_attention(arrays, out, lse, query, key, value, options)
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_last_bits_of_float16_count(arrays, size, with_lse):
+    """Two kinds of keys with the same scores, in one of which all of a score's products have the last bits of both
+    factors. What an implementation may leave out of those (2^-12 of an exponent at most, here 0.7 of that with size 1)
+    moves the weights from one kind to the other."""
+    rows = 70
+    near_one = arrays.full((1, rows, 1, 64), size * (1 + 2.0**-8), "float16")
+    key, value = arrays.copy(near_one), arrays.full((1, rows, 1, 64), 1.0, "float16")
+    key[:, 1::2, :, 0::2] = size
+    key[:, 1::2, :, 1::2] = size * (1 + 2.0**-7)
+    value[:, 1::2] = -1.0
+    result = flashcore.attention(near_one, key, value, return_lse=with_lse)
+    out, lse = result if with_lse else (result, None)
+    assert float(abs(arrays.float64(out)).max()) <= (2.0**-12 * math.log(2) / 2 if size == 1 else 1e-5)
+    if with_lse:
+        assert_attention(arrays, out, lse, near_one, key, value)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1e-6, 3.0])
