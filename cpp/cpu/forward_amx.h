@@ -34,11 +34,12 @@
 // vector instructions share with tiles. A tile load takes 8.5 places on them, a store 16 on one, a product none to
 // speak of, and a row of float16 (32 keys) 24 instructions. Measured apart, from the first-level cache: four products
 // with their two and a half loads take 70 clocks, 2 / 3 / 4 rows beside them 72 / 87 / 99, and four rows alone 66;
-// without the loads four rows are hidden. So in float16 with 512 keys of 64 (two threads, 8 heads: 590 us, then 545)
+// without the loads four rows are hidden. So in float16 with 512 keys of 64 (two threads, 8 heads: 575 us, then 535)
 // gained, in turn: exponentials by the two instructions that round down themselves, four of a row's 28 (2%); sums that
 // stay lane by lane from pass to pass (1%); scores without the products of second parts where these are negligible,
 // which spare two of ten loads and a quarter of the products, with six rows at each of the fewer calls (5%; with eight
-// 3%). Keys and values that all come from the first-level cache would gain 0 to 1%.
+// 3%). The norms that say so take 1%; largest magnitudes of columns took nothing, but bound the products four times
+// less tightly. Keys and values that all come from the first-level cache would gain 0 to 1%.
 //
 // Tried without gain for float16: the weights' rows after every second product or after each, keys and values through
 // the first-level cache (14% slower), cubic exponentials (1% faster, to 9e-5), the next head's rows fetched evenly over
