@@ -241,10 +241,11 @@ struct Parts<Half> {
   static constexpr float exp2_terms[] = {1.0f, 6.93044845e-1f, 2.41280206e-1f, 5.22424727e-2f, 1.34266849e-2f};
   static constexpr bool fixed_point = false, exact_at_reference = false;
   static constexpr Term scores[] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}};
-  // Where the products of second parts come to so little of an exponent: at most the product of their rows' norms. A
-  // weight that is rounded to float16, as PyTorch's and GPUs' are, is off by as much and more (2^-11.5).
+  // Where the products of second parts come to at most so little of an exponent, which is what the product of their
+  // rows' norms says: that is if all are as much and of the same sign, and with D numbers at random √D times less. (A
+  // weight that is rounded to float16, as PyTorch's and GPUs' are, is off by up to 2^-11.5 of an exponent.)
   static constexpr Term rough_scores[] = {{1, 0}, {0, 0}, {0, 1}};
-  static constexpr float negligible = 0x1p-12f;
+  static constexpr float negligible = 0x1p-13f;
   static constexpr Term outputs[] = {{0, 1}, {0, 0}, {1, 0}};
   using Seen = SecondParts;
 

@@ -308,7 +308,7 @@ struct ForwardTiles : TileRows<T, Score> {
     if constexpr (fixed_point) next.wide = wide_keys[held] ? ~0u : wide_queries[block];
     if constexpr (parts == 2) {
       float const most = sqrtf(second_queries[block] * second_keys[held]) * fabsf(params.scale) * log2_e;
-      next.rough = !params.lse && most <= Parts<T>::negligible;
+      next.rough = params.head_dim >= tile_depth && most <= Parts<T>::negligible;
     }
     next.weights = weights + last_pass % 2 * weight_floats;
     int calls = steps * calls_of_step<Parts<T>::scores>;
