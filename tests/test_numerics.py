@@ -78,8 +78,8 @@ def test_first_keys_say_little(arrays, dtype, score, with_lse):
 @pytest.mark.parametrize("size", [0.5, 4.0])
 def test_last_bits_of_float16_count(arrays, size):
     """Two kinds of keys with the same scores, in one of which all of a score's products have the last bits of both
-    factors. What an implementation may leave out of those (2^-13 of an exponent at most, here 0.4 of that with size 0.5)
-    moves the weights from one kind to the other, and the log-sum-exp."""
+    factors. What an implementation may leave out of those (2^-13 of an exponent at most; 0.4 of that with the smaller
+    size) moves the weights from one kind to the other, and the log-sum-exp."""
     rows = 70
     near_one = arrays.full((1, rows, 1, 64), size * (1 + 2.0**-8), "float16")
     key, value = arrays.copy(near_one), arrays.full((1, rows, 1, 64), 1.0, "float16")
