@@ -87,8 +87,8 @@ constexpr int first_of_pair(int i) {
 }
 
 // Values [0, count), filled up to `keys` of them, as [32 columns][32 keys][part][2 tiles], a tile's row a pair of keys
-// in 16 columns: of each eight the lower four in the first tile, the upper four in the second (in_order puts them
-// back).
+// in 16 columns: of each eight, in the order of split(), the lower four in the first tile, the upper four in the second
+// (join() puts them back).
 template <typename T>
 typename Parts<T>::Seen pack_tile_values(const T* from, int64_t stride, int count, int keys, int head_dim,
                                          uint16_t* to) {
