@@ -126,11 +126,7 @@ struct SecondParts {
     all = all + sums;
     for (Vec& of_row : squares) of_row = splat(0.0f);
   }
-  bool infinite_or_nan() const {
-    Vec of_last = all;
-    for (Vec of_row : squares) of_last = of_last + of_row;
-    return _mm512_cmp_ps_mask((__m512)of_last, (__m512)of_last, _CMP_UNORD_Q) != 0;
-  }
+  bool infinite_or_nan() const { return _mm512_cmp_ps_mask((__m512)all, (__m512)all, _CMP_UNORD_Q) != 0; }
 };
 
 // How elements are parts of bfloat16: split() 32 elements, those of the mask (the others are zeros), to a vector for

@@ -118,6 +118,7 @@ typename Parts<T>::Seen pack_tile_values(const T* from, int64_t stride, int coun
     }
   };
   for (int s = 0; s < steps; ++s) (s + 1) * tile_depth <= count ? pack(s, Constant<1>{}) : pack(s, Constant<0>{});
+  seen.end_rows();
   return seen;
 }
 

@@ -11,44 +11,7 @@
 // written one after the other, and a tile may have a whole head's rows: 512 / 2,048 keys 5 / 8 to 20% shorter than with
 // all queries packed first and all rows written last, in tiles of 768.
 //
-// What bounds it (Xeon with AMX at 2.9 GHz, one thread, clocks for 16 scores in bfloat16 at head dimension 64 / 128,
-// 512 keys, before that): 10.0 / 16.4 in all (13.6 / 19.7 with weights by the polynomial and sums by vectors), of which
-// what is outside of the pipeline takes 2 / 3, the weights alone 2.5 (5.7), and the products 4.5 / 8.5 at their peak.
-// Measured apart, products with their loads and the weights beside them keep to it, 17 clocks each; the ends of blocks
-// do not, where the results come 52 clocks after the last product and four tiles are stored: 80 clocks where nothing
-// hides them. Storing a tile takes 16 clocks where its lines are in the first-level cache and 62 where they are not,
-// which is why keys and values are loaded past it (15.6 / 24 clocks before) and scores have two units' memory, not
-// three (6% more). With 128 keys the products are a third of the time: 8 heads of 128 take 84 us, of which packing
-// takes 20, the pipeline 45 and writing 16, and 30 more where inputs come from the last-level cache, which is what
-// reading them takes there.
-//
-// Tried without gain: the next tile's rows fetched beside the products (5% faster at 64, 15% slower at 128: lines from
-// the last level hold what the loads of keys and values need; the next head's, every second line: 5 to 10% slower at
-// 512), results' lines fetched for writing (4
-// to 8% slower), loads before stores where a block begins, weights of two passes in a ring of 22 KiB, not 32, passes of
-// 64 to 192 keys, a finished block written and the next one's queries packed beside the products, a row at a call (5 to
-// 10% slower: stores that wait for their lines hold up those of tiles), float16's scores without the products of second
-// parts where those are negligible (0 to 7% faster at 128, 3 to 6% slower at 64).
-//
-// Weights of two or three parts run beside the products, but not for nothing: what is scarce is the two ports that
-// vector instructions share with tiles. A tile load takes 8.5 places on them, a store 16 on one, a product none to
-// speak of, and a row of float16 (32 keys) 24 instructions. Measured apart, from the first-level cache: four products
-// with their two and a half loads take 70 clocks, 2 / 3 / 4 rows beside them 72 / 87 / 99, and four rows alone 66;
-// without the loads four rows are hidden. So in float16 with 512 keys of 64 (two threads, 8 heads: 575 us, then 535)
-// gained, in turn: exponentials by the two instructions that round down themselves, four of a row's 28 (2%); sums that
-// stay lane by lane from pass to pass (1%); scores without the products of second parts where these are negligible,
-// which spare two of ten loads and a quarter of the products, with six rows at each of the fewer calls (5%; with eight
-// 3%). The norms that say so take 1%; largest magnitudes of columns took nothing, but bound the products four times
-// less tightly. Keys and values that all come from the first-level cache would gain 0 to 1%.
-//
-// Tried without gain for float16: the weights' rows after every second product or after each, keys and values through
-// the first-level cache (14% slower), cubic exponentials (1% faster, to 9e-5), the next head's rows fetched evenly over
-// a head's units or one at each call (0 to 2% slower), results' lines fetched evenly, elements divided into their parts
-// by whole numbers, ten instructions for 18, elements cut off, not rounded, to their first parts, and rows of weights
-// spread evenly over turns with and without outputs, in the place of their scores, which come two units ahead (float32
-// 3% faster, bfloat16 8 and causal float16 6% slower). Without packing queries it would be 6% faster, without writing 7
-// to 10%; but a row of queries packed at each call beside the outputs is 6% slower than all before, and finished rows
-// written so, too, 9%. Queries' rows fetched a block ahead gained 2%.
+// measured.md has what bounds it, and what was tried.
 #pragma once
 
 #include "cpu/amx.h"
@@ -308,13 +271,13 @@ struct ForwardTiles : TileRows<T, Score> {
     next.two_tiles = rows - row > tile_rows;
     next.completes = all_held && end <= keys_of_tile;
     if constexpr (fixed_point) next.wide = wide_keys[held] ? ~0u : wide_queries[block];
+    next.weights = weights + last_pass % 2 * weight_floats;
+    int calls = steps * calls_of_step<Parts<T>::scores>;
     if constexpr (parts == 2) {
       float const most = sqrtf(second_queries[block] * second_keys[held]) * fabsf(params.scale) * log2_e;
       next.rough = params.head_dim >= tile_depth && most <= Parts<T>::negligible;
+      if (next.rough) calls = steps * calls_of_step<Parts<T>::rough_scores>;
     }
-    next.weights = weights + last_pass % 2 * weight_floats;
-    int calls = steps * calls_of_step<Parts<T>::scores>;
-    if constexpr (parts == 2) calls = next.rough ? steps * calls_of_step<Parts<T>::rough_scores> : calls;
     for (int i = 0; i < next.units(); ++i) {
       last_slot = 1 - last_slot;
       float* const s = scores + last_slot * unit_floats;
@@ -397,9 +360,10 @@ struct ForwardTiles : TileRows<T, Score> {
     beside.wide = p.wide;
     beside.slowly = p.wide != 0 || sums_exactly();
     beside.rows = p.height();
-    beside.each = ceil_div(p.height(), calls);
     if constexpr (fixed_point) {
       for (beside.each = 1; beside.each * calls < p.height();) beside.each *= 2;
+    } else {
+      beside.each = ceil_div(p.height(), calls);
     }
   }
 
@@ -418,30 +382,29 @@ struct ForwardTiles : TileRows<T, Score> {
     if (!suspect && !sums_exactly()) return;
     for (int first = 0; first < p.height(); first += tile_rows) {
       int const row = p.block * amx_block + first;
-      uint32_t above = few() ? 0xffff : 0;
-      if constexpr (fixed_point) {
-        if (suspect && !few()) above = too_large(p, first);
-      } else if (suspect && !few()) {
-        Vec const sum = total_of(sums[sums_now] + first) - total_of(sums[1 - sums_now] + first);
-        above = _mm512_cmp_ps_mask((__m512)sum, (__m512)splat(largest_sum), _CMP_NLE_UQ);
-      }
+      uint32_t const above = few() ? 0xffff : suspect ? too_large(p, first) : 0;
       if (above) raise(p, first, above);
       if (sums_exactly()) store(exact_sum + row, load(exact_sum + row) + total_of(exact + first));
     }
     clear_exact();
   }
 
-  // Those of sixteen rows of a pass that have a weight above the largest.
+  // Those of sixteen rows of a pass that have a weight above the largest; if not `fixed_point`, such a sum.
   uint32_t too_large(const Pass& p, int first) const {
-    uint32_t which = 0;
-    for (int i = 0; i < tile_rows; ++i) {
-      __m512i largest = _mm512_setzero_si512();
-      for (int unit = 0; unit < p.units(); ++unit) {
-        largest = _mm512_max_epu16(largest, _mm512_loadu_si512(weights_at(p, unit) + (first + i) * lanes));
+    if constexpr (fixed_point) {
+      uint32_t which = 0;
+      for (int i = 0; i < tile_rows; ++i) {
+        __m512i largest = _mm512_setzero_si512();
+        for (int unit = 0; unit < p.units(); ++unit) {
+          largest = _mm512_max_epu16(largest, _mm512_loadu_si512(weights_at(p, unit) + (first + i) * lanes));
+        }
+        if (_mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(largest_weight)) != 0) which |= 1u << i;
       }
-      if (_mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(largest_weight)) != 0) which |= 1u << i;
+      return which;
+    } else {
+      Vec const sum = total_of(sums[sums_now] + first) - total_of(sums[1 - sums_now] + first);
+      return _mm512_cmp_ps_mask((__m512)sum, (__m512)splat(largest_sum), _CMP_NLE_UQ);
     }
-    return which;
   }
 
   // From here on the sums are of the rows of a block (or of none); state.sum takes in what they were.
